@@ -1,0 +1,72 @@
+# make study   install, run notebooks 01 to 05, build the report       (PROFILE=, DATASET=, NOTEBOOKS=)
+# make test    install, lint, all tests and all notebooks under nbval
+# make help    the rest
+
+PYTHON ?= python3
+NOTEBOOKS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_PEERS := $(VENV)/.installed-peers
+export PROFILE DATASET RUNS_DIR DATA_DIR ANALYSIS_DIR DEVICE
+
+.PHONY: help study test lab report runs publish address bench soak clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make study     run the notebooks and build the report (PROFILE=smoke|quick|full,"
+	@echo "               DATASET=name or folder, NOTEBOOKS=\"01 02\" for some of them)"
+	@echo "make test      lint, unit tests, and every notebook compared with its outputs"
+	@echo "make lab       open JupyterLab in notebooks/"
+	@echo "make report    build the report of a study that has run"
+	@echo "make runs      list stored runs with their state and headline metrics"
+	@echo "make bench     measure speed against reference loops and peer libraries"
+	@echo "make soak      kill a training 100 times and compare with the uninterrupted one"
+	@echo "make publish   run the study; replace notebooks/, report.pdf and README tables by it"
+	@echo "make address   write the repository address of pyproject.toml into the notebooks"
+	@echo "make clean     remove the environment (runs and results stay)"
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python {v.major}.{v.minor} found, 3.10 or newer needed: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(INSTALLED_PEERS): $(INSTALLED) requirements-peers.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
+
+study: $(INSTALLED)
+	$(BIN)/python -m helpers.notebooks $(NOTEBOOKS)
+	$(BIN)/python report/build.py
+
+test: $(INSTALLED_PEERS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest --nbval -n auto -q --durations=15
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+report: $(INSTALLED)
+	$(BIN)/python report/build.py
+
+runs: $(INSTALLED)
+	@$(BIN)/python -m helpers.runs
+
+publish: $(INSTALLED)
+	$(BIN)/python -m helpers.notebooks --publish
+	$(BIN)/python report/build.py --publish
+
+address: $(INSTALLED)
+	$(BIN)/python -m helpers.notebooks --write-address
+
+bench: $(INSTALLED_PEERS)
+	$(BIN)/python -m benchmarks
+
+soak: $(INSTALLED)
+	$(BIN)/python -m benchmarks.soak --kills 100
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,29 @@
+"""Tests run in the smoke profile, in folders of their own, with one thread a process.
+
+Set before torch is imported and inherited by pytest's workers and by the notebooks' kernels.
+"""
+
+import os
+import shutil
+import tempfile
+
+_OWN = "RESNET_STUDY_TEST_FOLDER"
+
+if _OWN not in os.environ:
+    folder = tempfile.mkdtemp(prefix="resnet-study-test-")
+    os.environ[_OWN] = folder
+    os.environ.setdefault("PROFILE", "smoke")
+    os.environ.setdefault("DATASET", "shapes")
+    os.environ["RUNS_DIR"] = f"{folder}/runs"
+    os.environ["ANALYSIS_DIR"] = f"{folder}/analysis"
+    os.environ["DATA_DIR"] = f"{folder}/data"
+    os.environ["PROGRESS"] = "none"
+    os.environ.setdefault("DEVICE", "cpu")
+    # Two workers with a thread for each core would wait for each other most of the time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_unconfigure(config):
+    """Remove the tests' folder at the end of the session, in the main process."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.get(_OWN, ""), ignore_errors=True)

@@ -1,0 +1,470 @@
+"""How well placed, how faithful and how steady class activation maps are.
+
+Maps are tensors N x H x W, non-negative, at image size; masks are bool tensors of that shape;
+images are N x 3 x H x W, normalised as the model wants them. Every metric returns `Scores`: one
+value for each image, and counts of what could not be scored. An all-zero map points nowhere and
+an empty mask can't be hit: both are left out of the mean and counted, never taken for hits.
+
+- Placed: `pointing_game`, `energy_in_mask`, `iou`, and `grid_pointing_game` on `mosaics`.
+- Faithful: `insertion_deletion`, `drop_and_increase`, `road`. Pixels are removed by rank. Ties, for
+  example the zeros that fill most maps, are broken by a seeded shuffle, not by position.
+- Steady: `parameter_randomisation`, `rank_correlation`, `agreement` of layers or of seeds.
+- `compare` makes the table and always adds the controls of `control_maps`: a method says
+  something only where it beats random, centred, edge and uniform maps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import gaussian_blur
+
+from helpers.evaluation import Interval, bootstrap_interval
+from helpers.gradcam import undisturbed
+
+BATCH = 256  # images in one forward pass
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One value for each image (float64, NaN where there is none) and what was left out."""
+
+    values: np.ndarray
+    all_zero: int = 0
+    empty_mask: int = 0
+
+    def interval(self, *, seed: int = 0) -> Interval:
+        """Mean over the scored images with its bootstrap interval; ValueError if none is left."""
+        scored = self.values[~np.isnan(self.values)]
+        if not len(scored):
+            raise ValueError(
+                f"none of {len(self.values)} images could be scored: {self.all_zero} all-zero "
+                f"maps, {self.empty_mask} empty masks."
+            )
+        return bootstrap_interval(scored, seed=seed)
+
+
+# --------------------------------------------------------------------------- placed
+def pointing_game(maps: Tensor, masks: Tensor) -> Scores:
+    """1 where the map's maximum lies in the mask, else 0 (Zhang et al., IJCV 2018).
+
+    No tolerance around the mask. Where several pixels share the maximum, the share of them that
+    lies in the mask: a uniform map gets its chance level, not a hit.
+    """
+    maps, masks = _check(maps, masks)
+    peaks = maps == maps.amax((1, 2), keepdim=True)
+    return _placed((peaks & masks).sum((1, 2)) / peaks.sum((1, 2)), maps, masks)
+
+
+def energy_in_mask(maps: Tensor, masks: Tensor) -> Scores:
+    """Share of the map's sum that lies in the mask (Wang et al., Score-CAM, CVPRW 2020)."""
+    maps, masks = _check(maps, masks)
+    return _placed((maps * masks).sum((1, 2)) / maps.sum((1, 2)), maps, masks)
+
+
+def iou(maps: Tensor, masks: Tensor, level: float = 0.5) -> Scores:
+    """Intersection over union of the mask and the pixels with at least `level` of the maximum."""
+    maps, masks = _check(maps, masks)
+    if not 0 < level <= 1:
+        raise ValueError(f"level is a share of the maximum, above 0 and at most 1; got {level}.")
+    region = maps >= level * maps.amax((1, 2), keepdim=True)
+    union = (region | masks).sum((1, 2))
+    return _placed((region & masks).sum((1, 2)) / union, maps, masks)
+
+
+@dataclass(frozen=True, eq=False)
+class Mosaics:
+    """Grids of images of different classes: M x 3 x gH x gW, cell by cell in reading order.
+
+    labels: int64 (M, g * g), the class of each cell; sources: which image each cell shows.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sources: Tensor
+
+
+def mosaics(images: Tensor, labels: Tensor, *, grid: int = 2, count: int, seed: int = 0) -> Mosaics:
+    """Draw `count` mosaics of grid x grid images, no class twice (Böhle et al., CVPR 2021).
+
+    Pass images that the network classifies correctly. Raises ValueError for too few classes.
+    """
+    labels = torch.as_tensor(labels)
+    classes = labels.unique()
+    cells = grid * grid
+    if len(labels) != len(images) or len(classes) < cells:
+        raise ValueError(
+            f"a {grid} x {grid} mosaic needs {cells} classes and a label for each image; got "
+            f"{len(classes)} classes, {len(images)} images and {len(labels)} labels."
+        )
+    generator = np.random.default_rng(seed)
+    members = {int(k): np.flatnonzero((labels == k).cpu().numpy()) for k in classes}
+    sources = np.empty((count, cells), np.int64)
+    for row in sources:
+        chosen = generator.choice(list(members), cells, replace=False)
+        row[:] = [generator.choice(members[int(k)]) for k in chosen]
+    sources = torch.from_numpy(sources)
+    channels, height, width = images.shape[1:]
+    tiles = images[sources.to(images.device)].view(count, grid, grid, channels, height, width)
+    tiles = tiles.permute(0, 3, 1, 4, 2, 5)
+    whole = tiles.reshape(count, channels, grid * height, grid * width)
+    return Mosaics(whole, labels[sources.to(labels.device)], sources)
+
+
+def grid_pointing_game(maps: Tensor, grid: int) -> Scores:
+    """Share of each map's sum that lies in its own cell, averaged over a mosaic's cells.
+
+    maps: M x g * g x H x W, the map for the class of each cell in reading order; chance is
+    1 / g^2 (Böhle et al., CVPR 2021). One value for each mosaic; all-zero maps are left out.
+    """
+    count, cells, height, width = maps.shape
+    if cells != grid * grid or height % grid or width % grid:
+        raise ValueError(
+            f"expected M x {grid * grid} x H x W maps, H and W multiples of {grid}; got "
+            f"{tuple(maps.shape)}."
+        )
+    maps = _check(maps.flatten(0, 1))[0].view(maps.shape)
+    sums = maps.view(count, cells, grid, height // grid, grid, width // grid).sum((3, 5))
+    own = sums.flatten(2).diagonal(dim1=1, dim2=2)
+    total = sums.sum((2, 3))
+    share = torch.where(total > 0, own / total, torch.nan)
+    return Scores(share.nanmean(1).cpu().numpy(), all_zero=int((total == 0).sum()))
+
+
+# --------------------------------------------------------------------------- faithful
+def insertion_deletion(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    targets: Tensor,
+    *,
+    steps: int = 16,
+    seed: int = 0,
+) -> tuple[Scores, Scores]:
+    """Areas under the insertion and the deletion curve (Petsiuk et al., RISE, BMVC 2018).
+
+    The class's probability while pixels, the most important first, are put into a blurred image
+    (insertion: high is good) or set to 0, the mean colour (deletion: low is good). The curves have
+    steps + 1 points; all pixels go in equal shares. The blur is the paper's, 11 pixels wide.
+    """
+    maps, _ = _check(maps)
+    order = _removal_order(maps, seed)
+    shares = [step / steps for step in range(steps + 1)]
+    blurred = gaussian_blur(images, 11, 5.0)
+    inserted = _curve(model, blurred, images, order, targets, shares)
+    deleted = _curve(model, images, torch.zeros_like(images), order, targets, shares)
+    areas = [((c[:, 1:] + c[:, :-1]) / 2).mean(1) for c in (inserted, deleted)]
+    return _unless_zero(areas[0], maps), _unless_zero(areas[1], maps)
+
+
+def drop_and_increase(
+    model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor
+) -> tuple[Scores, Scores]:
+    """Relative drop, and increase, of the probability when the image is multiplied by the map.
+
+    With Y before and O after: max(0, Y - O) / Y, low is good, and 1 where O > Y, high is good
+    (Chattopadhay et al., Grad-CAM++, WACV 2018). Maps are scaled to a maximum of 1.
+    """
+    maps, _ = _check(maps)
+    peak = maps.amax((1, 2), keepdim=True)
+    seen = images * (maps / torch.where(peak > 0, peak, 1))[:, None].to(images.dtype)
+    before, after = (_probabilities(model, x, targets) for x in (images, seen))
+    drop = (before - after).clamp(min=0) / before.clamp(min=torch.finfo(before.dtype).tiny)
+    return _unless_zero(drop, maps), _unless_zero((after > before).double(), maps)
+
+
+def road(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    targets: Tensor,
+    *,
+    shares: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    noise: float = 0.01,
+    seed: int = 0,
+) -> Scores:
+    """Remove and debias: (probability with least - with most important pixels removed) / 2.
+
+    Removed pixels are filled in from their neighbours (`impute`), so that the shape of the hole
+    gives nothing away (Rong et al., ICML 2022). Averaged over the shares removed. Positive is good,
+    0 is chance.
+    """
+    maps, _ = _check(maps)
+    order = _removal_order(maps, seed)
+    pixels = order.shape[1] * order.shape[2]
+    generator = torch.Generator().manual_seed(seed)
+    gap = 0
+    for share in shares:
+        cut = round(share * pixels)
+        least = impute(images, order >= pixels - cut, noise=noise, generator=generator)
+        most = impute(images, order < cut, noise=noise, generator=generator)
+        gap = gap + _probabilities(model, least, targets) - _probabilities(model, most, targets)
+    return _unless_zero(gap / (2 * len(shares)), maps)
+
+
+# Weight of each neighbour of a removed pixel: 1/6 beside, above and below it, 1/12 diagonally.
+_NEIGHBOURS = torch.tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]], dtype=torch.float64) / 12
+
+
+def impute(
+    images: Tensor,
+    removed: Tensor,
+    *,
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
+    tolerance: float = 1e-6,
+) -> Tensor:
+    """Images with the removed pixels (bool, N x H x W) filled in from their neighbours.
+
+    Each becomes the weighted mean of its eight neighbours, removed ones included, plus Gaussian
+    noise (Rong et al., ICML 2022, section 4): a linear system an image, symmetric and positive
+    definite, solved for all images at once by conjugate gradients to the relative `tolerance`.
+    Raises ValueError where nothing is left to fill in from.
+    """
+    if removed.flatten(1).all(1).any():
+        raise ValueError("all pixels of an image are removed; leave some to fill in from.")
+    channels = images.shape[1]
+    kernel = _NEIGHBOURS.to(images).expand(channels, 1, 3, 3)
+    hole = removed[:, None].to(images.dtype)
+
+    def spread(x: Tensor) -> Tensor:
+        return F.conv2d(x, kernel, padding=1, groups=channels)
+
+    # At the border the weights of the neighbours that exist are scaled to a sum of 1.
+    degree = spread(torch.ones_like(images[:1]))
+    known = images * (1 - hole)
+    start = hole * (known.sum((2, 3), keepdim=True) / (1 - hole).sum((2, 3), keepdim=True))
+    x, residual = start, hole * (spread(known + start) - degree * start)
+    goal = tolerance * (hole * spread(known)).square().sum((1, 2, 3), keepdim=True).sqrt()
+    direction = scaled = residual / degree
+    energy = (residual * scaled).sum((1, 2, 3), keepdim=True)
+    for _ in range(10 * max(images.shape[-2:])):
+        if (residual.square().sum((1, 2, 3), keepdim=True).sqrt() <= goal).all():
+            break
+        image = hole * (degree * direction - spread(direction))
+        curvature = (direction * image).sum((1, 2, 3), keepdim=True)
+        step = torch.where(curvature > 0, energy / curvature, 0)
+        x, residual = x + step * direction, residual - step * image
+        scaled = residual / degree
+        fresh = (residual * scaled).sum((1, 2, 3), keepdim=True)
+        direction = scaled + torch.where(energy > 0, fresh / energy, 0) * direction
+        energy = fresh
+    if noise:
+        drawn = torch.randn(images.shape, generator=generator, dtype=torch.float32)
+        x = x + hole * noise * drawn.to(images)
+    return known + x
+
+
+def _curve(
+    model: nn.Module,
+    start: Tensor,
+    finish: Tensor,
+    order: Tensor,
+    targets: Tensor,
+    shares: Sequence[float],
+) -> Tensor:
+    """Probabilities N x len(shares) when the first pixels of `order` come from `finish`."""
+    pixels = order.shape[1] * order.shape[2]
+    points = []
+    for share in shares:
+        changed = torch.where((order < round(share * pixels))[:, None], finish, start)
+        points.append(_probabilities(model, changed, targets))
+    return torch.stack(points, 1)
+
+
+def _probabilities(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """Softmax probability of each image's target, float64 (N,)."""
+    targets = torch.as_tensor(targets).to(images.device)
+    if targets.shape != (len(images),):
+        raise ValueError(
+            f"expected a class for each of {len(images)} images; got {tuple(targets.shape)}."
+        )
+    with undisturbed(model) as network:
+        found = [
+            network(chunk).double().softmax(1).gather(1, chosen[:, None].long())[:, 0]
+            for chunk, chosen in zip(images.split(BATCH), targets.split(BATCH), strict=True)
+        ]
+        return torch.cat(found)
+
+
+def _removal_order(maps: Tensor, seed: int) -> Tensor:
+    """Rank of each pixel, 0 for the most important; ties in a seeded random order."""
+    flat = maps.flatten(1)
+    generator = torch.Generator().manual_seed(seed)
+    shuffle = torch.rand(flat.shape, generator=generator).argsort(1).to(flat.device)
+    by_value = flat.gather(1, shuffle).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(shuffle)
+    places = torch.arange(flat.shape[1], device=flat.device).expand_as(shuffle)
+    ranks.scatter_(1, shuffle.gather(1, by_value), places)
+    return ranks.view(maps.shape)
+
+
+# --------------------------------------------------------------------------- steady
+def rank_correlation(maps: Tensor, others: Tensor) -> Scores:
+    """Spearman's rank correlation of two maps of each image, ties sharing their mean rank.
+
+    A constant map has no order: its correlation is 0. Pairs with an all-zero map are left out.
+    """
+    maps, _ = _check(maps)
+    others, _ = _check(others)
+    if maps.shape != others.shape:
+        raise ValueError(
+            f"maps to compare must match; got {tuple(maps.shape)} and {tuple(others.shape)}."
+        )
+    first, second = _mean_ranks(maps.flatten(1)), _mean_ranks(others.flatten(1))
+    scale = (first.square().sum(1) * second.square().sum(1)).sqrt()
+    values = torch.where(scale > 0, (first * second).sum(1) / scale, 0)
+    zero = (maps.amax((1, 2)) == 0) | (others.amax((1, 2)) == 0)
+    values = torch.where(zero, torch.nan, values)
+    return Scores(values.cpu().numpy(), all_zero=int(zero.sum()))
+
+
+def agreement(maps: Sequence[Tensor]) -> Scores:
+    """Mean rank correlation over all pairs of several maps of the same images.
+
+    Of different layers: do they point at the same place? Of networks trained from different seeds:
+    is the explanation stable (Fel et al., WACV 2022)? Pairs with an all-zero map are left out.
+    """
+    if len(maps) < 2:
+        raise ValueError(f"agreement needs at least two sets of maps; got {len(maps)}.")
+    pairs = [rank_correlation(maps[i], maps[j]).values for j in range(len(maps)) for i in range(j)]
+    zero = torch.stack([x.flatten(1).amax(1) == 0 for x in maps])
+    table = np.ma.masked_invalid(np.stack(pairs))
+    return Scores(table.mean(0).filled(np.nan).astype(float), all_zero=int(zero.sum()))
+
+
+def parameter_randomisation(
+    model: nn.Module, explain: Callable[[nn.Module], Tensor], *, seed: int = 0
+) -> dict[str, Scores]:
+    """Rank correlation with the original maps as weights are randomised from the output backwards.
+
+    The model's parts (its children that have parameters) are initialised afresh one after another,
+    the last first, and stay so (cascading; Adebayo et al., NeurIPS 2018). A map that explains the
+    network must change. `explain` takes a model and returns maps; it gets a copy, so let it name
+    the target layer or look it up in its argument: a module of the original would be refused by
+    `cam`. Returns scores by the part randomised last. Raises ValueError for parts that can't be
+    initialised with reset_parameters().
+    """
+    original = explain(model)
+    network = copy.deepcopy(model)
+    parts = [(name, part) for name, part in network.named_children() if [*part.parameters()]]
+    scores = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, part in reversed(parts):
+            for where, module in part.named_modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+                elif next(module.parameters(recurse=False), None) is not None:
+                    raise ValueError(
+                        f"{name}.{where} ({type(module).__name__}) has parameters but no "
+                        "reset_parameters(); give it one."
+                    )
+            scores[name] = rank_correlation(original, explain(network))
+    return scores
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    """Ranks along rows, ties sharing their mean, centred at 0; float64."""
+    ordered = values.sort(1).values
+    below = torch.searchsorted(ordered, values.contiguous(), right=False)
+    up_to = torch.searchsorted(ordered, values.contiguous(), right=True)
+    return (below + up_to).double() / 2 - values.shape[1] / 2
+
+
+# --------------------------------------------------------------------------- the table
+def control_maps(
+    images: Tensor, *, seed: int = 0, layer_size: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """Maps that know nothing of the network, N x H x W in [0, 1].
+
+    random: uniform noise, drawn at `layer_size` and enlarged like a map of that layer, or pixel by
+    pixel; centred: a Gaussian with a standard deviation of a quarter of each side; edges: Sobel
+    gradient magnitude, summed over channels; uniform: ones.
+    """
+    count, channels, height, width = images.shape
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.rand(count, 1, *(layer_size or (height, width)), generator=generator)
+    if layer_size is not None:
+        random = F.interpolate(random, (height, width), mode="bilinear", align_corners=False)
+    rows, columns = torch.linspace(-2, 2, height), torch.linspace(-2, 2, width)
+    centred = torch.exp(-(rows[:, None] ** 2 + columns**2) / 2).expand(count, -1, -1)
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]).to(images)
+    kernels = torch.stack([sobel, sobel.T]).repeat(channels, 1, 1)[:, None]
+    slopes = F.conv2d(F.pad(images, (1, 1, 1, 1), "replicate"), kernels, groups=channels)
+    edges = slopes.square().sum(1).sqrt()
+    edges = edges / edges.amax((1, 2), keepdim=True).clamp(min=torch.finfo(edges.dtype).tiny)
+    return {
+        "random": random[:, 0].to(images),
+        "centred": centred.to(images),
+        "edges": edges,
+        "uniform": torch.ones_like(edges),
+    }
+
+
+def compare(
+    maps: Mapping[str, Tensor],
+    metrics: Mapping[str, Callable[[Tensor], Scores]],
+    images: Tensor,
+    *,
+    seed: int = 0,
+    layer_size: tuple[int, int] | None = None,
+) -> pd.DataFrame:
+    """The table of metrics for each method's maps and for the controls.
+
+    `metrics` maps a name to a function of maps, such as `lambda m: energy_in_mask(m, masks)`. One
+    row for each method and metric: method, control, metric, mean, low, high, n, all_zero,
+    empty_mask; mean and bounds are NaN where nothing could be scored. Raises ValueError for a
+    method named like a control.
+    """
+    controls = control_maps(images, seed=seed, layer_size=layer_size)
+    if clash := set(controls) & set(maps):
+        raise ValueError(f"methods named like controls: {', '.join(sorted(clash))}; rename them.")
+    rows = []
+    for method, tensor in {**maps, **controls}.items():
+        for metric, function in metrics.items():
+            scores = function(tensor)
+            scored = bool(np.isfinite(scores.values).any())
+            interval = scores.interval(seed=seed) if scored else Interval(*[np.nan] * 3, 0)
+            row = {"method": method, "control": method in controls, "metric": metric}
+            row |= {key: getattr(interval, key) for key in ("mean", "low", "high", "n")}
+            rows.append(row | {"all_zero": scores.all_zero, "empty_mask": scores.empty_mask})
+    return pd.DataFrame(rows)
+
+
+def _check(maps: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Maps in float64 and masks on their device; no masks are taken for full ones."""
+    if maps.ndim != 3 or not maps.numel():
+        raise ValueError(f"maps must be N x H x W and not empty; got {tuple(maps.shape)}.")
+    maps = maps.double()
+    if not torch.isfinite(maps).all() or maps.min() < 0:
+        raise ValueError(
+            "maps must be finite and not negative; take the positive part or the magnitude of "
+            "signed ones."
+        )
+    if masks is None:
+        return maps, torch.ones_like(maps, dtype=torch.bool)
+    if masks.shape != maps.shape or masks.dtype != torch.bool:
+        raise ValueError(
+            f"masks must be bool of shape {tuple(maps.shape)}, as the maps; got {masks.dtype} "
+            f"{tuple(masks.shape)}."
+        )
+    return maps, masks.to(maps.device)
+
+
+def _placed(values: Tensor, maps: Tensor, masks: Tensor) -> Scores:
+    zero, empty = maps.amax((1, 2)) == 0, ~masks.flatten(1).any(1)
+    values = torch.where(zero | empty, torch.nan, values.double())
+    return Scores(values.cpu().numpy(), int(zero.sum()), int(empty.sum()))
+
+
+def _unless_zero(values: Tensor, maps: Tensor) -> Scores:
+    zero = (maps.amax((1, 2)) == 0).to(values.device)
+    return Scores(torch.where(zero, torch.nan, values).cpu().numpy(), int(zero.sum()))

@@ -1,0 +1,166 @@
+"""Profiles, paths and the device: every choice that comes from outside, read once.
+
+This is the only module that reads the environment. A study is decided by two variables:
+
+    PROFILE   how much work: smoke (tests), quick (default, a laptop) or full (a CUDA GPU)
+    DATASET   what on: a name from `helpers.data.DATASETS` or the path of a folder of images
+
+and, for where things go, RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE and PROGRESS.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much work a study does. It never changes which code runs.
+
+    Sizes are numbers of images (None: all there are), `image_size` is in pixels (None: the
+    dataset's own), `width` multiplies every network's channel counts, `batch_size` caps the
+    recipe's batch size, and every comparison is repeated once for each of `seeds`.
+    """
+
+    name: str
+    train_size: int | None
+    validation_size: int | None
+    test_size: int | None
+    image_size: int | None
+    width: float
+    epochs: int
+    batch_size: int
+    seeds: tuple[int, ...]
+    default_dataset: str
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("smoke", 120, 40, 60, 16, 0.125, 2, 20, (0, 1), "shapes"),
+        Profile("quick", 3000, 500, 1000, 32, 0.25, 12, 64, (0, 1), "shapes"),
+        Profile("full", None, None, None, None, 1.0, 60, 512, (0, 1, 2), "cifar10"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study: a profile on a dataset, the folders it uses and the device it runs on."""
+
+    profile: Profile
+    dataset: str
+    runs_dir: Path
+    data_dir: Path
+    analysis_dir: Path
+    device: torch.device
+    progress: str
+
+    @property
+    def set_name(self) -> str:
+        """Name of this study's folder under analysis/: the dataset and the profile."""
+        return f"{dataset_slug(self.dataset)}-{self.profile.name}"
+
+    @property
+    def figures_dir(self) -> Path:
+        """Where this study's figures go."""
+        return self.analysis_dir / self.set_name / "figures"
+
+    @property
+    def results_dir(self) -> Path:
+        """Where this study's result files go."""
+        return self.analysis_dir / self.set_name / "results"
+
+
+def dataset_slug(dataset: str) -> str:
+    """Return a name fit for files: a dataset's own name, or the last part of a folder's path."""
+    name = Path(dataset).expanduser().resolve().name if is_path(dataset) else dataset
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return slug or "folder"
+
+
+def is_path(dataset: str) -> bool:
+    """Tell a folder of images (with a path separator or a tilde, or "." or "..") from a name."""
+    return any(mark in dataset for mark in ("/", os.sep, "~")) or dataset in (".", "..")
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """Return the device to train on: `wanted`, or the best there is for "auto".
+
+    Raises ValueError for a device that torch doesn't know or that this machine lacks.
+    """
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        device = None
+    # How many torch sees of each; `wanted` may name one, as in cuda:1.
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if device is None or device.type not in counts:
+        raise ValueError(f"DEVICE={wanted!r} is not a device; use auto, cpu, cuda or mps")
+    if (device.index or 0) >= counts[device.type]:
+        raise ValueError(
+            f"DEVICE={wanted!r}, but torch sees {counts[device.type]} {device.type} devices; "
+            "use DEVICE=cpu or auto"
+        )
+    return device
+
+
+@functools.lru_cache(maxsize=1)
+def study() -> Study:
+    """Return the study that the environment asks for (read once a process).
+
+    Raises ValueError for an unknown PROFILE, DEVICE or PROGRESS. DATASET is checked when the
+    data is loaded.
+    """
+    name = os.environ.get("PROFILE", "quick")
+    if name not in PROFILES:
+        raise ValueError(f"PROFILE={name!r} is unknown; choose one of {', '.join(PROFILES)}")
+    profile = PROFILES[name]
+    progress = os.environ.get("PROGRESS", "bar")
+    if not re.fullmatch("bar|none|file:.+", progress):
+        raise ValueError(f"PROGRESS={progress!r} is unknown; use bar, none or file:PATH")
+
+    def folder(variable: str, default: str) -> Path:
+        return Path(os.environ.get(variable) or ROOT / default).expanduser().resolve()
+
+    return Study(
+        profile=profile,
+        dataset=os.environ.get("DATASET") or profile.default_dataset,
+        runs_dir=folder("RUNS_DIR", "runs"),
+        data_dir=folder("DATA_DIR", "data"),
+        analysis_dir=folder("ANALYSIS_DIR", "analysis"),
+        device=choose_device(os.environ.get("DEVICE", "auto")),
+        progress=progress,
+    )
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the number format in which a device multiplies fastest without losing the training.
+
+    CUDA: bfloat16 from compute capability 8.0 on, float16 before (a Colab T4). CPU: bfloat16 where
+    the processor has instructions for it (AVX512-BF16 or AMX), since emulating it is slower than
+    float32. Anything else: float32.
+    """
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if modern else torch.float16
+    # torch tells what the processor has only under private names, which may go.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, check, bool)() for check in checks)
+    return torch.bfloat16 if device.type == "cpu" and native else torch.float32

@@ -1,0 +1,384 @@
+"""The study's figures: one function a figure, each of which returns a matplotlib Figure.
+
+Colours are seaborn's colour-blind palette, in an order that every figure keeps for the same thing.
+`save_figure` writes the PNG that the report takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
+
+from helpers.config import Study
+from helpers.evaluation import Interval, Timing
+from helpers.gradcam import colourbar
+
+PALETTE = sns.color_palette("colorblind")
+FIGURE_DPI = 130
+LARGEST_FIGURE = 300_000  # bytes: figures are committed, so they stay small
+
+# How the networks are called and coloured in every figure.
+MODEL_TITLES = {"simple_cnn": "SimpleCNN"} | {
+    f"resnet{depth}": f"ResNet-{depth}" for depth in (18, 20, 32, 34, 44, 50, 56, 101, 110, 152)
+}
+
+
+def use_style() -> None:
+    """Set seaborn's quiet style for all figures that follow."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.85)
+    plt.rcParams.update({"figure.dpi": 90, "axes.titlesize": 11, "axes.titleweight": "bold"})
+
+
+def save_figure(figure: Figure, study: Study, name: str) -> Path:
+    """Write a figure as PNG into the study's set and return its path.
+
+    Photographs in a grid make large files; above 300 kB the resolution is lowered until it fits.
+    """
+    path = study.figures_dir / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dpi = FIGURE_DPI
+    while True:
+        figure.savefig(path, dpi=dpi, bbox_inches="tight", metadata={"Software": None})
+        if path.stat().st_size <= LARGEST_FIGURE or dpi < 40:
+            return path
+        dpi = int(dpi * 0.85)
+
+
+def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a grid of `count` panels of width x height inches; spare ones are hidden."""
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(columns * width, rows * height),
+        squeeze=False,
+        layout="constrained",
+    )
+    flat = list(axes.flat)
+    for spare in flat[count:]:
+        spare.set_visible(False)
+    return figure, flat[:count]
+
+
+def to_rgb(image: Tensor | np.ndarray) -> np.ndarray:
+    """Return H x W x 3 from a 3 x H x W tensor; arrays pass."""
+    return image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image
+
+
+def _show(axes: Axes, image: Tensor | np.ndarray, title: str = "", colour: str = "black") -> None:
+    axes.imshow(to_rgb(image), interpolation="nearest")
+    axes.set_title(title, fontsize=8, color=colour, fontweight="normal", pad=3)
+    axes.set_axis_off()
+
+
+# --- Data --------------------------------------------------------------------------------------
+
+
+def image_grid(
+    images: Sequence[Tensor | np.ndarray],
+    titles: Sequence[str],
+    *,
+    columns: int,
+    size: float = 1.0,
+    row_labels: Sequence[str] = (),
+) -> Figure:
+    """Show images in rows of `columns`; `row_labels` stand to the left of each row."""
+    figure, panels = _panels(len(images), columns, size, size + (0.22 if any(titles) else 0.05))
+    for axes, image, title in zip(panels, images, titles, strict=True):
+        _show(axes, image, title)
+    for row, label in enumerate(row_labels):
+        panels[row * columns].annotate(
+            label,
+            (0, 0.5),
+            xytext=(-6, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=9,
+        )
+    return figure
+
+
+def class_balance(counts: pd.DataFrame) -> Figure:
+    """Show images a class (rows) in each split (columns) as grouped bars."""
+    figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
+    counts.plot.bar(ax=axes, width=0.8, rot=30 if len(counts) <= 20 else 90)
+    axes.set(xlabel="", ylabel="images", title="Images a class")
+    axes.legend(title="", ncols=3, loc="lower right")
+    axes.grid(axis="x", visible=False)
+    return figure
+
+
+def timings(times: Mapping[str, Timing], unit: str, scale: float, title: str) -> Figure:
+    """Show medians as bars on a logarithmic scale, whiskers from fastest to slowest repeat."""
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(times) + 1.1), layout="constrained")
+    medians = np.array([t.median for t in times.values()]) * scale
+    lows = np.array([t.low for t in times.values()]) * scale
+    highs = np.array([t.high for t in times.values()]) * scale
+    axes.barh(list(times), medians, xerr=[medians - lows, highs - medians], color=PALETTE[0])
+    for y, (median, high) in enumerate(zip(medians, highs, strict=True)):
+        axes.annotate(
+            f"{median:.3g}", (high, y), xytext=(5, 0), textcoords="offset points", va="center"
+        )
+    axes.set(xscale="log", xlabel=unit, title=title)
+    axes.set_xlim(right=highs.max() * 2)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+# --- Architectures -----------------------------------------------------------------------------
+
+
+def gradient_norms(norms: Mapping[str, Mapping[int, Sequence[float]]], classes: int) -> Figure:
+    """Show gradient norms by relative depth: a panel a kind of network, a line a depth.
+
+    `norms[kind][depth]` lists the norms from the first convolution to the last.
+    """
+    figure, panels = _panels(len(norms), 2, 4.4, 3.2)
+    for axes, (kind, by_depth) in zip(panels, norms.items(), strict=True):
+        colours = sns.color_palette("viridis", len(by_depth))
+        for colour, (depth, values) in zip(colours, by_depth.items(), strict=True):
+            position = np.linspace(0, 1, len(values))
+            axes.plot(position, values, color=colour, label=str(depth), linewidth=1.6)
+        axes.set(yscale="log", xlabel="position in the network (0 input, 1 output)", title=kind)
+    limits = [axes.get_ylim() for axes in panels]
+    for axes in panels:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    panels[0].set_ylabel("norm of the loss's gradient\nfor a convolution's weights")
+    panels[-1].legend(title="layers", fontsize=8)
+    return figure
+
+
+def parameters_and_cost(table: pd.DataFrame) -> Figure:
+    """Show parameters and multiply-adds of each network (columns of `table`) as two bar panels."""
+    figure, panels = _panels(2, 2, 4.2, 0.42 * len(table) + 1.1)
+    for axes, column, unit in zip(
+        panels, ("parameters", "multiply-adds"), ("millions", "millions an image"), strict=True
+    ):
+        values = table[column] / 1e6
+        bars = axes.barh(table.index, values, color=PALETTE[: len(table)])
+        axes.bar_label(bars, [f"{v:,.3g}" if v < 1000 else f"{v:,.0f}" for v in values], padding=3)
+        axes.set(title=column.capitalize(), xlabel=unit)
+        axes.set_xlim(right=values.max() * 1.2)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+# --- Training ----------------------------------------------------------------------------------
+
+
+def learning_curves(
+    histories: Mapping[str, Sequence[pd.DataFrame]],
+    column: str,
+    *,
+    columns: int = 3,
+    ends: Mapping[str, Sequence[int]] | None = None,
+) -> Figure:
+    """Show training and validation curves of `column` ("loss" or "accuracy"), a panel a method.
+
+    Thin lines are seeds, thick ones their mean as far as all seeds got; `ends` marks epochs (those
+    whose weights early stopping kept).
+    """
+    figure, panels = _panels(len(histories), columns, 2.9, 2.3)
+    for axes, (name, seeds) in zip(panels, histories.items(), strict=True):
+        for colour, part in zip(PALETTE[:2], ("train", "validation"), strict=True):
+            curves = [h[f"{part}_{column}"].to_numpy() for h in seeds]
+            for curve in curves:
+                axes.plot(np.arange(1, len(curve) + 1), curve, color=colour, alpha=0.3, lw=0.8)
+            shortest = min(map(len, curves))
+            mean = np.mean([curve[:shortest] for curve in curves], axis=0)
+            axes.plot(np.arange(1, shortest + 1), mean, color=colour, lw=2, label=part)
+        for end in (ends or {}).get(name, ()):
+            axes.axvline(end, color="0.4", lw=1, ls="--")
+        axes.set_title(name)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if column == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+    _share_y(panels)
+    for axes in panels[-columns:]:
+        axes.set_xlabel("epoch")
+    for axes in panels[::columns]:
+        axes.set_ylabel(column if column == "accuracy" else "cross-entropy (nats)")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def _share_y(panels: Sequence[Axes]) -> None:
+    limits = [axes.get_ylim() for axes in panels]
+    for axes in panels:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def intervals(
+    values: Mapping[str, Interval],
+    *,
+    title: str,
+    label: str,
+    percent: bool = True,
+    zero: bool = False,
+    reference: str | None = None,
+) -> Figure:
+    """Show means as points with their 95 % intervals, one row a name.
+
+    `reference` names the row whose mean is drawn through as a line; `zero` draws the line at 0.
+    """
+    figure, axes = plt.subplots(figsize=(7, 0.36 * len(values) + 1.1), layout="constrained")
+    factor = 100 if percent else 1
+    for y, v in enumerate(values.values()):
+        low, high = factor * (v.mean - v.low), factor * (v.high - v.mean)
+        mean = factor * v.mean
+        axes.errorbar(mean, y, xerr=[[low], [high]], fmt="o", color=PALETTE[0], capsize=3)
+        axes.annotate(
+            f"{mean:.1f}" if percent else f"{mean:.3g}",
+            (mean, y),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.5, -0.7)
+    if reference is not None:
+        axes.axvline(factor * values[reference].mean, color="0.5", lw=1, ls="--", zorder=0)
+    if zero:
+        axes.axvline(0, color="0.5", lw=1, ls="--", zorder=0)
+    axes.set(title=title, xlabel=label)
+    return figure
+
+
+# --- Depth -------------------------------------------------------------------------------------
+
+
+def accuracy_against_cost(
+    accuracy: Mapping[str, Interval], costs: pd.DataFrame, labels: Mapping[str, str]
+) -> Figure:
+    """Show test accuracy against each cost (column of `costs`), a panel a cost, log scale."""
+    figure, panels = _panels(len(costs.columns), 2, 4.2, 2.9)
+    for axes, column in zip(panels, costs.columns, strict=True):
+        for colour, (name, v) in zip(PALETTE, accuracy.items(), strict=False):
+            spread = [[100 * (v.mean - v.low)], [100 * (v.high - v.mean)]]
+            axes.errorbar(
+                costs.loc[name, column], 100 * v.mean, yerr=spread, fmt="o", color=colour, capsize=3
+            )
+            axes.annotate(
+                name,
+                (costs.loc[name, column], 100 * v.mean),
+                xytext=(6, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.set(xscale="log", xlabel=labels[column])
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 1.1, high * 1.9)  # room for the names
+    for axes in panels[::2]:
+        axes.set_ylabel("test accuracy (%)")
+    return figure
+
+
+def accuracy_by_epoch(histories: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
+    """Show validation accuracy by epoch and by training time, one line a network (seed mean)."""
+    figure, panels = _panels(2, 2, 4.4, 3.0)
+    for colour, (name, seeds) in zip(PALETTE, histories.items(), strict=False):
+        shortest = min(map(len, seeds))
+        accuracy = np.mean([h["validation_accuracy"][:shortest] for h in seeds], axis=0)
+        seconds = np.mean([h["seconds"][:shortest].cumsum() for h in seeds], axis=0)
+        panels[0].plot(np.arange(1, shortest + 1), 100 * accuracy, color=colour, label=name)
+        panels[1].plot(seconds, 100 * accuracy, color=colour, label=name)
+    panels[0].set(xlabel="epoch", ylabel="validation accuracy (%)", title="By epoch")
+    panels[1].set(xlabel="training time (s)", title="By training time")
+    panels[0].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figure:
+    """Show confusion matrices as shares of the true class (rows), a panel a network."""
+    figure, panels = _panels(len(matrices), 2, 4.3, 3.9)
+    few = len(classes) <= 20
+    for i, (axes, (name, counts)) in enumerate(zip(panels, matrices.items(), strict=True)):
+        shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        sns.heatmap(
+            shares,
+            ax=axes,
+            cmap="mako_r",
+            vmin=0,
+            vmax=100,
+            square=True,
+            annot=np.vectorize(lambda x: f"{x:.0f}" if x >= 0.5 else "")(shares) if few else False,
+            fmt="",
+            annot_kws={"fontsize": 7},
+            cbar=False,
+            xticklabels=classes if few else False,
+            yticklabels=classes if few and i % 2 == 0 else False,
+        )
+        axes.set_title(name)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true" if i % 2 == 0 else "")
+        axes.tick_params(labelsize=8, length=0)
+    figure.suptitle("Share of each true class (%)", fontsize=10)
+    return figure
+
+
+# --- Grad-CAM ----------------------------------------------------------------------------------
+
+
+def heat_panels(
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[Sequence[str]],
+    *,
+    row_labels: Sequence[str] = (),
+    label: str = "share of the map's maximum",
+    size: float = 1.35,
+) -> Figure:
+    """Show rows of pictures with titles, and the colour scale of the maps on the right."""
+    columns = max(map(len, rows))
+    height = size + 0.3
+    figure, axes = plt.subplots(
+        len(rows),
+        columns,
+        figsize=(columns * size + 1.2, len(rows) * height),
+        squeeze=False,
+        layout="constrained",
+    )
+    for i, row in enumerate(rows):
+        for j in range(columns):
+            if j < len(row):
+                _show(axes[i][j], row[j], titles[i][j])
+            else:
+                axes[i][j].set_visible(False)
+        if row_labels:
+            axes[i][0].annotate(
+                row_labels[i],
+                (0, 0.5),
+                xytext=(-6, 0),
+                xycoords="axes fraction",
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=8,
+            )
+    bar = colourbar(height=320, label=label)
+    side = figure.add_axes((1.0, 0.5 - min(0.4, 1.0 / len(rows) / height), 0.09, 0), frameon=False)
+    share = min(0.9, 2.2 / (len(rows) * height))
+    side.set_position((1.0, 0.5 - share / 2, 0.7 / (columns * size + 1.2), share))
+    side.imshow(bar)
+    side.set_axis_off()
+    return figure
+
+
+def enlarge(image: Tensor | np.ndarray, side: int = 128) -> np.ndarray:
+    """Enlarge a uint8 image to `side` pixels without smoothing, so that overlays look crisp."""
+    return cv2.resize(to_rgb(image).copy(), (side, side), interpolation=cv2.INTER_NEAREST)
