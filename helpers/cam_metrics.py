@@ -209,10 +209,6 @@ def road(
     return _unless_zero(gap / (2 * len(shares)), maps)
 
 
-# Weight of each neighbour of a removed pixel: 1/6 beside, above and below it, 1/12 diagonally.
-_NEIGHBOURS = torch.tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]], dtype=torch.float64) / 12
-
-
 def impute(
     images: Tensor,
     removed: Tensor,
@@ -225,40 +221,52 @@ def impute(
 
     Each becomes the weighted mean of its eight neighbours, removed ones included, plus Gaussian
     noise (Rong et al., ICML 2022, section 4): a linear system an image, symmetric and positive
-    definite, solved for all images at once by conjugate gradients to the relative `tolerance`.
-    Raises ValueError where nothing is left to fill in from.
+    definite, solved by conjugate gradients to the relative `tolerance`. Raises ValueError where
+    nothing is left to fill in from.
     """
     if removed.flatten(1).all(1).any():
         raise ValueError("all pixels of an image are removed; leave some to fill in from.")
-    channels = images.shape[1]
-    kernel = _NEIGHBOURS.to(images).expand(channels, 1, 3, 3)
     hole = removed[:, None].to(images.dtype)
-
-    def spread(x: Tensor) -> Tensor:
-        return F.conv2d(x, kernel, padding=1, groups=channels)
-
-    # At the border the weights of the neighbours that exist are scaled to a sum of 1.
-    degree = spread(torch.ones_like(images[:1]))
-    known = images * (1 - hole)
-    start = hole * (known.sum((2, 3), keepdim=True) / (1 - hole).sum((2, 3), keepdim=True))
-    x, residual = start, hole * (spread(known + start) - degree * start)
-    goal = tolerance * (hole * spread(known)).square().sum((1, 2, 3), keepdim=True).sqrt()
-    direction = scaled = residual / degree
-    energy = (residual * scaled).sum((1, 2, 3), keepdim=True)
-    for _ in range(10 * max(images.shape[-2:])):
-        if (residual.square().sum((1, 2, 3), keepdim=True).sqrt() <= goal).all():
-            break
-        image = hole * (degree * direction - spread(direction))
-        curvature = (direction * image).sum((1, 2, 3), keepdim=True)
-        step = torch.where(curvature > 0, energy / curvature, 0)
-        x, residual = x + step * direction, residual - step * image
-        scaled = residual / degree
-        fresh = (residual * scaled).sum((1, 2, 3), keepdim=True)
-        direction = scaled + torch.where(energy > 0, fresh / energy, 0) * direction
-        energy = fresh
+    # Parts that fit in the processor's cache: several times faster than all images at once.
+    parts = zip(images.split(64), hole.split(64), strict=True)
+    filled = torch.cat([_fill(part, hole_part, tolerance) for part, hole_part in parts])
     if noise:
         drawn = torch.randn(images.shape, generator=generator, dtype=torch.float32)
-        x = x + hole * noise * drawn.to(images)
+        filled = filled + hole * noise * drawn.to(images)
+    return filled
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Neighbours of each pixel, weighted 1/6 beside, above and below, 1/12 diagonally."""
+    x_padded = F.pad(x, (1, 1, 1, 1))
+    rows = x_padded[:, :, :-2] + 2 * x_padded[:, :, 1:-1] + x_padded[:, :, 2:]
+    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:] - 4 * x) / 12
+
+
+def _fill(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
+    """Conjugate gradients with a diagonal preconditioner, for all images in step."""
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((1, 2, 3), keepdim=True)
+
+    # At the border the weights of the neighbours that exist are scaled to a sum of 1.
+    degree = _spread(torch.ones_like(images[:1]))
+    known = images * (1 - hole)
+    x = hole * (known.sum((2, 3), keepdim=True) / (1 - hole).sum((2, 3), keepdim=True))
+    residual = hole * (_spread(known + x) - degree * x)
+    goal = tolerance**2 * (hole * _spread(known)).square().sum((1, 2, 3), keepdim=True)
+    direction = residual / degree
+    energy = dot(residual, direction)
+    for _ in range(10 * max(images.shape[-2:])):
+        if (dot(residual, residual) <= goal).all():
+            break
+        change = hole * (degree * direction - _spread(direction))
+        curvature = dot(direction, change)
+        step = torch.where(curvature > 0, energy / curvature, 0)
+        x, residual = x + step * direction, residual - step * change
+        scaled = residual / degree
+        before, energy = energy, dot(residual, scaled)
+        direction = scaled + torch.where(before > 0, energy / before, 0) * direction
     return known + x
 
 

@@ -124,7 +124,7 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
     """Return an order of all images whose every prefix holds the classes in proportion.
 
     Each class is shuffled; its k-th image of n is then placed at (k + 1/2) / n. Prefixes are thus
-    nested, and a class's share in one is off by less than one image.
+    nested, and the shares of two classes that lie in one differ by at most half an image of each.
     """
     generator = np.random.default_rng(seed)
     position = np.empty(len(labels))
@@ -504,7 +504,7 @@ def _read_cache(cache: Path, classes: tuple[str, ...]) -> _Pool:
     try:
         arrays = [np.load(cache / f"{name}.npy", allow_pickle=False) for name in _CACHE_ARRAYS]
         expected = json.loads((cache / "fingerprint.json").read_text())
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises nearly anything when a header is damaged
         raise ValueError(f"the cache of decoded images is damaged ({error}). {remedy}") from error
     pool = _Pool(*arrays, classes)
     if pool.fingerprint != expected:
@@ -801,7 +801,8 @@ def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
     in_rows = (rows >= first[:, :1]) & (rows < first[:, :1] + side)
     in_columns = (columns >= first[:, 1:]) & (columns < first[:, 1:] + side)
     hole = in_rows[:, None, :, None] & in_columns[:, None, None, :]
-    return images.masked_fill(hole, 0.0)
+    # masked_fill would return another memory format; the copy keeps channels last.
+    return images.clone().masked_fill_(hole, 0.0)
 
 
 def make_loader(

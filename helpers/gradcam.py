@@ -355,8 +355,9 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     """The model in evaluation mode, frozen and uncompiled; everything put back on leaving.
 
     Frozen parameters keep the trunk, up to the target layer, from being recorded, and their casts
-    out of autocast's cache. Flags are set one by one because `model.eval()` may be overridden and `model.train()` would lose the mode of
-    single submodules. Networks made under inference_mode can't be differentiated: a copy can.
+    out of autocast's cache. Flags are set one by one because `model.eval()` may be overridden and
+    `model.train()` would lose the mode of single submodules. Networks made under inference_mode
+    can't be differentiated: a copy can.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

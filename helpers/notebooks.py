@@ -12,10 +12,13 @@ set-up cell of every notebook calls: it does its work on Colab and nothing elsew
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -128,7 +131,11 @@ def _read_times(study: Study) -> dict[str, float]:
 
 
 def _run_notebook(path: Path, out: Path, terminal: _Terminal) -> str | None:
-    """Execute one notebook, saving after each cell; return its error's text, or None."""
+    """Execute one notebook, saving after each cell; return its error's text, or None.
+
+    SIGINT (Ctrl-C) and SIGTERM are passed on to the kernel, where training writes a checkpoint;
+    then KeyboardInterrupt is raised.
+    """
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -139,7 +146,22 @@ def _run_notebook(path: Path, out: Path, terminal: _Terminal) -> str | None:
     def save(**_: object) -> None:
         write_atomically(out, nbformat.writes(notebook).encode())
 
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        interrupted = True
+        asyncio.ensure_future(client.km.interrupt_kernel())
+
+    def begin_notebook(**_: object) -> None:
+        # In place of nbclient's own handlers, which shut the kernel down.
+        with contextlib.suppress(RuntimeError):  # not on Windows, nor outside the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, interrupt)
+
     def begin(cell: Any, cell_index: int) -> None:
+        if interrupted:  # between two cells
+            raise asyncio.CancelledError
         terminal.cell = cell_index + 1
 
     # Sockets in the file system, where there are any: nobody else can connect to the kernel. The
@@ -152,6 +174,7 @@ def _run_notebook(path: Path, out: Path, terminal: _Terminal) -> str | None:
         record_timing=False,
         resources={"metadata": {"path": str(NOTEBOOKS_DIR)}},
         config=Config({"KernelManager": sockets if os.name == "posix" else {}}),
+        on_notebook_start=begin_notebook,
         on_cell_start=begin,
         on_cell_executed=save,
     )
@@ -159,7 +182,11 @@ def _run_notebook(path: Path, out: Path, terminal: _Terminal) -> str | None:
     environment = os.environ | {"PROGRESS": f"file:{terminal.progress_file}"}
     try:
         client.execute(env=environment)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
     except CellExecutionError as error:
+        if interrupted:
+            raise KeyboardInterrupt from None
         return str(error)
     except DeadKernelError:
         return "the kernel died, perhaps for lack of memory: lower train_size, width or batch_size"

@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
 from helpers.config import Study
@@ -141,18 +141,18 @@ def timings(times: Mapping[str, Timing], unit: str, scale: float, title: str) ->
 # --- Architectures -----------------------------------------------------------------------------
 
 
-def gradient_norms(norms: Mapping[str, Mapping[int, Sequence[float]]], classes: int) -> Figure:
+def gradient_norms(norms: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
     """Show gradient norms by relative depth: a panel a kind of network, a line a depth.
 
     `norms[kind][depth]` lists the norms from the first convolution to the last.
     """
-    figure, panels = _panels(len(norms), 2, 4.4, 3.2)
+    figure, panels = _panels(len(norms), len(norms), 3.2, 3.0)
     for axes, (kind, by_depth) in zip(panels, norms.items(), strict=True):
         colours = sns.color_palette("viridis", len(by_depth))
         for colour, (depth, values) in zip(colours, by_depth.items(), strict=True):
             position = np.linspace(0, 1, len(values))
             axes.plot(position, values, color=colour, label=str(depth), linewidth=1.6)
-        axes.set(yscale="log", xlabel="position in the network (0 input, 1 output)", title=kind)
+        axes.set(yscale="log", xlabel="position (0 input, 1 output)", title=kind)
     limits = [axes.get_ylim() for axes in panels]
     for axes in panels:
         axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
@@ -266,25 +266,29 @@ def accuracy_against_cost(
     accuracy: Mapping[str, Interval], costs: pd.DataFrame, labels: Mapping[str, str]
 ) -> Figure:
     """Show test accuracy against each cost (column of `costs`), a panel a cost, log scale."""
-    figure, panels = _panels(len(costs.columns), 2, 4.2, 2.9)
+    figure, panels = _panels(len(costs.columns), 2, 4.2, 2.7)
     for axes, column in zip(panels, costs.columns, strict=True):
-        for colour, (name, v) in zip(PALETTE, accuracy.items(), strict=False):
+        for style, (name, v) in enumerate(accuracy.items()):
             spread = [[100 * (v.mean - v.low)], [100 * (v.high - v.mean)]]
             axes.errorbar(
-                costs.loc[name, column], 100 * v.mean, yerr=spread, fmt="o", color=colour, capsize=3
-            )
-            axes.annotate(
-                name,
-                (costs.loc[name, column], 100 * v.mean),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize=8,
+                costs.loc[name, column],
+                100 * v.mean,
+                yerr=spread,
+                fmt="osD^vP"[style % 6],
+                color=PALETTE[style % len(PALETTE)],
+                capsize=3,
+                label=name,
             )
         axes.set(xscale="log", xlabel=labels[column])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         low, high = axes.get_xlim()
-        axes.set_xlim(low / 1.1, high * 1.9)  # room for the names
+        if high / low < 30:  # too narrow for powers of ten: round numbers instead
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.4g}")
     for axes in panels[::2]:
         axes.set_ylabel("test accuracy (%)")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
     return figure
 
 

@@ -1,0 +1,140 @@
+"""Build the PDF report of one set from its result files.
+
+    python report/build.py               of the environment's study, as analysis/<set>/report.pdf
+    python report/build.py --publish     also report/report.pdf and the README's tables
+
+Nothing is computed here: report.typ reads the results, and a missing one is an error. The same
+results give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typst
+
+from helpers import config
+from helpers.config import PROFILES, ROOT
+from helpers.notebooks import clock
+from helpers.training import write_atomically
+
+
+def build(set_folder: Path) -> bytes:
+    """Return the PDF of a set's report.
+
+    Raises FileNotFoundError if the set has no results, ValueError if one is missing in it.
+    """
+    if not (set_folder / "results").is_dir():
+        raise FileNotFoundError(
+            f"{set_folder} has no results; run `make study` with the same PROFILE and DATASET first"
+        )
+    # Typst reads below one root only; a set elsewhere (ANALYSIS_DIR) is linked in by its own root.
+    root = ROOT if set_folder.is_relative_to(ROOT) else Path("/")
+    try:
+        return typst.compile(
+            str(ROOT / "report" / "report.typ"),
+            root=str(root),
+            sys_inputs={"set": "/" + set_folder.relative_to(root).as_posix()},
+            ignore_system_fonts=True,
+            timestamp=0,
+        )
+    except typst.TypstError as error:
+        raise ValueError(
+            f"the report of {set_folder} can't be built: {error}. If a result or figure is "
+            "missing, run all notebooks with `make study`."
+        ) from error
+
+
+def results_table(set_folder: Path) -> str:
+    """Return the README's table of results as Markdown."""
+    depth = json.loads((set_folder / "results" / "04_depth.json").read_text())
+    lines = [
+        "| network | test accuracy (%) | parameters | multiply-adds | training |",
+        "|---|---|---|---|---|",
+    ]
+    for name, values in depth["networks"].items():
+        a, costs = values["accuracy"], values["costs"]
+        lines.append(
+            f"| {name} | {100 * a['mean']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}] | "
+            f"{costs['parameters'] / 1e3:,.0f} thousand | "
+            f"{costs['multiply-adds'] / 1e6:.1f} million | {costs['training seconds']:.0f} s |"
+        )
+    about, profile = depth["data"], depth["profile"]
+    lines.append(
+        f"\n{about['title']}, profile {profile['name']}: {about['train_size']:,} training and "
+        f"{about['test_size']:,} test images of {about['image_size']} pixels, networks at "
+        f"{profile['width']:g} of their usual width, {profile['epochs']} epochs, {depth['seeds']} "
+        f"seeds; mean and 95 % interval over seeds and test images; on "
+        f"{depth['machine']['device']}."
+    )
+    return "\n".join(lines)
+
+
+def published_sets() -> list[Path]:
+    """Return the folders of the sets that are committed: those that .gitignore lets through."""
+    lines = (ROOT / ".gitignore").read_text().splitlines()
+    return [ROOT / line[1:].strip("/") for line in lines if line.startswith("!analysis/")]
+
+
+def profile_table() -> str:
+    """Return the README's table of profiles, with the run times measured for published sets."""
+    lines = [
+        "| profile | default dataset | training images | width | epochs | seeds | measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for profile in PROFILES.values():
+        measured = []
+        for folder in published_sets():
+            if folder.name.endswith(f"-{profile.name}"):
+                times = json.loads((folder / "results" / "run_times.json").read_text())
+                total = clock(sum(times.values()))
+                measured.append(f"{total} ({folder.name}, {len(times)} notebooks)")
+        size = "all" if profile.train_size is None else f"{profile.train_size:,}"
+        lines.append(
+            f"| {profile.name} | {profile.default_dataset} | {size} | {profile.width:g} | "
+            f"{profile.epochs} | {len(profile.seeds)} | {', '.join(measured) or 'not yet'} |"
+        )
+    return "\n".join(lines)
+
+
+def fill_readme(text: str, set_folder: Path) -> str:
+    """Return the README with its generated tables replaced by those of a published set."""
+    tables = {"results": results_table(set_folder), "profiles": profile_table()}
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md lacks the marks <!-- {name} --> ... <!-- /{name} -->")
+        text = pattern.sub(lambda match, table=table: match[1] + table + match[2], text)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build as the command line says; return the exit code."""
+    parser = argparse.ArgumentParser(description="Build the report of one set.")
+    parser.add_argument("--publish", action="store_true", help="update report.pdf and README too")
+    options = parser.parse_args(arguments)
+    study = config.study()
+    set_folder = study.analysis_dir / study.set_name
+    try:
+        pdf = build(set_folder)
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    targets = [set_folder / "report.pdf"]
+    if options.publish:
+        targets.append(ROOT / "report" / "report.pdf")
+        readme = ROOT / "README.md"
+        write_atomically(readme, fill_readme(readme.read_text(), set_folder).encode())
+    for target in targets:
+        write_atomically(target, pdf)
+        print(f"  {'report':20s}{target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The notebooks as documents: set-up, tags, outputs, and that prose numbers are computed."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from helpers import config, notebooks
+
+ROOT = config.ROOT
+PATHS = notebooks.find_notebooks()
+IGNORED = "nbval-ignore-output"
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def test_the_series_is_there() -> None:
+    names = [path.stem for path in PATHS]
+    assert names[:5] == [
+        "01_data",
+        "02_architectures",
+        "03_regularization",
+        "04_depth",
+        "05_gradcam",
+    ]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+class TestEachNotebook:
+    def test_set_up_cell_is_first_and_the_same_everywhere(self, path: Path) -> None:
+        cells = code_cells(path)
+        assert cells[0].metadata.get("tags") == ["set-up"]
+        assert cells[0].source == code_cells(PATHS[0])[0].source
+        assert f'ADDRESS = "{notebooks.repository_address()}"' in cells[0].source
+
+    def test_execution_counts_run_from_one(self, path: Path) -> None:
+        counts = [cell.execution_count for cell in code_cells(path)]
+        assert counts == list(range(1, len(counts) + 1))
+
+    def test_no_error_and_no_stderr_output(self, path: Path) -> None:
+        for cell in code_cells(path):
+            for output in cell.outputs:
+                assert output.output_type != "error", cell.source
+                assert output.get("name") != "stderr", (cell.source, output.text)
+
+    def test_unchecked_cells_assert_something_and_none_is_skipped(self, path: Path) -> None:
+        for cell in code_cells(path):
+            tags = cell.metadata.get("tags", [])
+            assert set(tags) <= {IGNORED, "set-up"}, tags
+            assert "NBVAL" not in cell.source.upper()
+            if IGNORED in tags:
+                nodes = ast.walk(ast.parse(cell.source))
+                assert any(isinstance(node, ast.Assert) for node in nodes), cell.source
+
+    def test_enough_cells_are_compared(self, path: Path) -> None:
+        cells = code_cells(path)
+        compared = [cell for cell in cells if IGNORED not in cell.metadata.get("tags", [])]
+        shown = [cell for cell in compared if cell.outputs]
+        assert len(shown) >= 4, "too few cells have an output that nbval compares"
+
+    def test_cells_are_short_and_text_comes_between(self, path: Path) -> None:
+        row = 0
+        for cell in read(path).cells:
+            row = row + 1 if cell.cell_type == "code" else 0
+            assert row <= 2, f"three code cells in a row: {cell.source}"
+            if cell.cell_type == "code":
+                assert len(cell.source.splitlines()) <= 40, cell.source
+
+    def test_opening_states_question_files_and_run_time(self, path: Path) -> None:
+        opening = read(path).cells[0].source
+        assert re.match(r"# \d\d · ", opening)
+        assert "**Question.**" in opening and "**Writes.**" in opening
+        assert re.search(r"<!-- run time -->.* in the \w+ profile<!-- /run time -->", opening)
+
+    def test_size_links_and_absolute_paths(self, path: Path) -> None:
+        text = path.read_text()
+        assert len(text) < 3_000_000
+        for target in re.findall(r"\]\((?!http)([^)#]+\.ipynb)\)", text):
+            assert (path.parent / target).exists(), target
+        assert not re.search(r"/(home|root|work|Users)/", text)
+
+    def test_figures_named_in_the_opening_are_saved(self, path: Path) -> None:
+        opening = read(path).cells[0].source
+        code = "\n".join(cell.source for cell in code_cells(path))
+        saved = set(re.findall(r'save_figure\(figure, study, "([^"]+)"\)', code))
+        assert saved == set(re.findall(r"`(\d\d_\w+)`", opening)) - {path.stem}
+
+
+class TestSetUpCell:
+    def run_cell(self, folder: Path, monkeypatch: pytest.MonkeyPatch, colab: bool) -> list[list]:
+        """Run the cell in a folder as the kernel's, recording the commands that it starts."""
+        source = code_cells(PATHS[0])[0].source.replace("/content/", f"{folder}/content/")
+        commands: list[list] = []
+
+        def run(command: list, **_: object) -> None:
+            commands.append(command)
+            if command[0] == "git":
+                (folder / "content" / "resnet-study").mkdir(parents=True)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        if colab:
+            for name in ("google", "google.colab"):
+                monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        notebook_folder = folder / "notebooks"
+        notebook_folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(notebook_folder)
+        exec(compile(source, "set-up", "exec"), {})
+        return commands
+
+    def test_does_nothing_outside_colab(self, tmp_path, monkeypatch) -> None:
+        assert self.run_cell(tmp_path, monkeypatch, colab=False) == []
+        assert sys.path[0] == str(tmp_path)
+
+    def test_clones_the_one_address_on_colab(self, tmp_path, monkeypatch) -> None:
+        commands = self.run_cell(tmp_path, monkeypatch, colab=True)
+        clone = commands[0]
+        assert clone[:2] == ["git", "clone"] and notebooks.repository_address() in clone
+        assert not any("torch" in part for command in commands[1:] for part in command)
+        assert sys.path[0] == str(tmp_path / "content" / "resnet-study")
+        # A second notebook of the same session finds the clone.
+        assert self.run_cell(tmp_path, monkeypatch, colab=True) == []
+
+
+def test_readme_names_every_notebook_and_make_target() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in PATHS:
+        assert path.stem in text
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"make ([a-z]+)", text):
+        assert target in targets, target
