@@ -374,7 +374,7 @@ def load_result(run: Run, folder: Path) -> Result:
     return Result(
         run=run,
         folder=folder,
-        history=pd.read_csv(io.BytesIO(contents["history.csv"]), float_precision="round_trip"),
+        history=_read_history(contents["history.csv"]),
         metrics=summary["metrics"],
         best_epoch=summary["best_epoch"],
         stopped_early=summary["stopped_early"],
@@ -384,6 +384,13 @@ def load_result(run: Run, folder: Path) -> Result:
         image_size=summary["image_size"],
         **{name: torch.from_numpy(arrays[name]) for name in arrays.files},
     )
+
+
+def _read_history(content: bytes) -> pd.DataFrame:
+    """Return history.csv as it was recorded: Python's float() restores every bit."""
+    rows = list(csv.DictReader(io.StringIO(content.decode())))
+    table = pd.DataFrame([{name: float(text) for name, text in row.items()} for row in rows])
+    return table.astype({"epoch": int})
 
 
 # --- Load or train -----------------------------------------------------------------------------

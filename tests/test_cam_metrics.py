@@ -1,0 +1,448 @@
+"""Metrics of maps: perfect, inverted, random and uniform maps get the scores theory gives them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from helpers import cam_metrics as metrics
+from helpers.gradcam import cam
+from tests.test_gradcam import SmallNet
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def boxes(count: int, size: int = 16, side: int = 8) -> torch.Tensor:
+    """Square masks that cover (side / size)^2 of the image, at random places."""
+    masks = torch.zeros(count, size, size, dtype=torch.bool)
+    corners = torch.randint(0, size - side + 1, (count, 2), generator=rng(3)).tolist()
+    for mask, (top, left) in zip(masks, corners, strict=True):
+        mask[top : top + side, left : left + side] = True
+    return masks
+
+
+MASKS = boxes(400)
+PERFECT = MASKS.float()
+INVERTED = 1 - PERFECT
+UNIFORM = torch.ones_like(PERFECT)
+RANDOM = torch.rand(PERFECT.shape, generator=rng(1))
+AREA = 0.25
+
+
+class Reader(nn.Module):
+    """Its probability of class 0 is the mean brightness of the image within the image's mask.
+
+    The masks are matched by position: images must come in order, in parts or whole.
+    """
+
+    def __init__(self, masks: torch.Tensor):
+        super().__init__()
+        self.masks, self.position = masks.double(), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        masks = self.masks[self.position : self.position + len(x)]
+        self.position = (self.position + len(x)) % len(self.masks)
+        share = (x.double().mean(1) * masks).sum((1, 2)) / masks.sum((1, 2))
+        share = share.clamp(1e-12, 1 - 1e-12)
+        return torch.stack([share.log(), (1 - share).log()], 1)
+
+
+ONES = torch.ones(len(MASKS), 3, 16, 16)
+ZEROS = torch.zeros(len(MASKS), dtype=torch.long)
+
+
+# --------------------------------------------------------------------------- placed
+@pytest.mark.parametrize(
+    ("metric", "uniform", "random"),
+    [
+        (metrics.pointing_game, AREA, AREA),
+        (metrics.energy_in_mask, AREA, AREA),
+        # A uniform map marks everything; half of a random one is marked.
+        (metrics.iou, AREA, 0.5 * AREA / (AREA + 0.5 * (1 - AREA))),
+    ],
+)
+def test_placement_of_known_maps(metric, uniform, random):
+    assert (metric(PERFECT, MASKS).values == 1).all()
+    assert (metric(INVERTED, MASKS).values == 0).all()
+    assert metric(UNIFORM, MASKS).values == pytest.approx(uniform)
+    assert metric(RANDOM, MASKS).interval().mean == pytest.approx(random, abs=0.05)
+    scaled = metric(PERFECT * 7 + 0.1, MASKS).values
+    assert scaled == pytest.approx(metric((PERFECT * 7 + 0.1) / 3, MASKS).values)
+
+
+def test_placement_values_worked_out_by_hand():
+    maps = torch.tensor([[[4.0, 4, 1], [0, 2, 1]]])
+    masks = torch.tensor([[[True, False, True], [False, True, False]]])
+    assert metrics.pointing_game(maps, masks).values == pytest.approx([1 / 2])
+    assert metrics.energy_in_mask(maps, masks).values == pytest.approx([7 / 12])
+    assert metrics.iou(maps, masks).values == pytest.approx([2 / 4])
+    assert metrics.iou(maps, masks, 0.6).values == pytest.approx([1 / 4])
+
+
+@pytest.mark.parametrize("metric", [metrics.pointing_game, metrics.energy_in_mask, metrics.iou])
+def test_empty_masks_and_zero_maps_are_counted_apart(metric):
+    maps, masks = PERFECT.clone(), MASKS.clone()
+    maps[:3] = 0
+    masks[2:7] = False
+    scores = metric(maps, masks)
+    assert scores.all_zero == 3 and scores.empty_mask == 5
+    assert np.isnan(scores.values[:7]).all() and (scores.values[7:] == 1).all()
+    assert scores.interval().n == len(maps) - 7
+    with pytest.raises(ValueError, match="400 images could be scored: 400 all-zero"):
+        metric(maps * 0, MASKS).interval()
+
+
+def test_mosaics_show_what_they_say():
+    images = torch.arange(30.0).view(30, 1, 1, 1).expand(30, 3, 4, 6)
+    labels = torch.arange(30) % 10
+    for grid in (2, 3):
+        made = metrics.mosaics(images, labels, grid=grid, count=50, seed=1)
+        assert made.images.shape == (50, 3, 4 * grid, 6 * grid)
+        assert (made.labels == labels[made.sources]).all()
+        assert all(len(row.unique()) == grid * grid for row in made.labels)
+        corners = made.images[:, 0, ::4, ::6].flatten(1)
+        assert torch.equal(corners.long(), made.sources)
+        again = metrics.mosaics(images, labels, grid=grid, count=50, seed=1)
+        assert torch.equal(again.sources, made.sources)
+        other = metrics.mosaics(images, labels, grid=grid, count=50, seed=2)
+        assert not torch.equal(other.sources, made.sources)
+    with pytest.raises(ValueError, match="needs 16 classes"):
+        metrics.mosaics(images, labels, grid=4, count=1)
+
+
+@pytest.mark.parametrize("grid", [2, 3])
+def test_grid_pointing_game_of_known_maps(grid):
+    cells, side = grid * grid, 6 * grid
+    perfect = torch.zeros(5, cells, side, side)
+    for cell in range(cells):
+        row, column = 6 * (cell // grid), 6 * (cell % grid)
+        perfect[:, cell, row : row + 6, column : column + 6] = 2
+    game = metrics.grid_pointing_game
+    assert (game(perfect, grid).values == 1).all()
+    assert game(torch.ones_like(perfect), grid).values == pytest.approx(1 / cells)
+    assert (game(2 - perfect, grid).values == 0).all()
+    noise = torch.rand(200, cells, side, side, generator=rng())
+    assert game(noise, grid).interval().mean == pytest.approx(1 / cells, abs=0.01)
+    perfect[0, 1:] = 0
+    perfect[1] = 0
+    scores = game(perfect, grid)
+    assert scores.all_zero == 2 * cells - 1 and scores.values[0] == 1 and np.isnan(scores.values[1])
+    with pytest.raises(ValueError, match="multiples"):
+        game(perfect[:, :-1], grid)
+
+
+def test_grid_pointing_game_of_a_network_that_sees_one_class_a_cell():
+    """End to end: colour-coded classes, a network that is a colour detector."""
+    images = torch.eye(4)[torch.arange(40) % 4][:, :, None, None].expand(40, 4, 8, 8).clone()
+    detector = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        detector[0].weight.copy_(torch.eye(4)[:, :, None, None])
+    made = metrics.mosaics(images, torch.arange(40) % 4, grid=2, count=10)
+    maps = cam(detector, made.images, "all", "0").maps
+    maps = maps[torch.arange(10)[:, None], made.labels]
+    assert metrics.grid_pointing_game(maps, 2).interval().mean == 1
+
+
+# --------------------------------------------------------------------------- faithful
+def test_insertion_and_deletion_of_known_maps():
+    def areas(maps, images=ONES):
+        found = metrics.insertion_deletion(Reader(MASKS), images, maps, ZEROS, steps=16)
+        return [scores.interval().mean for scores in found]
+
+    # Deleting the quarter that matters first empties it after a quarter of the steps.
+    assert areas(PERFECT)[1] == pytest.approx(AREA / 2, abs=1e-6)
+    assert areas(INVERTED)[1] == pytest.approx(1 - AREA / 2, abs=1e-6)
+    assert areas(RANDOM)[1] == pytest.approx(0.5, abs=0.01)
+    # All values tie: the order is a seeded shuffle, as good as chance and not by position.
+    assert areas(UNIFORM)[1] == pytest.approx(0.5, abs=0.01)
+    # A blurred uniform image is the image: insertion has nothing to add.
+    assert areas(PERFECT)[0] == pytest.approx(1, abs=1e-5)
+    lit = MASKS[:, None].expand(-1, 3, -1, -1).float()
+    begin = metrics.gaussian_blur(lit, 11, 5.0)[:, 0]
+    begin = ((begin * MASKS).sum((1, 2)) / MASKS.sum((1, 2))).mean().item()
+    assert 0.1 < begin < 0.9
+    assert areas(PERFECT, lit)[0] == pytest.approx(1 - (1 - begin) * AREA / 2, abs=1e-3)
+    assert areas(INVERTED, lit)[0] == pytest.approx(begin + (1 - begin) * AREA / 2, abs=1e-3)
+    assert areas(RANDOM, lit)[0] == pytest.approx((1 + begin) / 2, abs=0.01)
+
+
+def test_removal_goes_by_rank_where_most_of_the_map_is_zero():
+    maps = torch.zeros(1, 10, 10)
+    maps[0, 0, :3] = torch.tensor([1.0, 3, 2])
+    order = metrics._removal_order(maps, seed=0)
+    assert order[0, 0, :3].tolist() == [2, 0, 1]
+    assert sorted(order.flatten().tolist()) == list(range(100))
+    zeros = order[0].flatten()[3:]
+    assert not torch.equal(zeros, zeros.sort().values), "ties follow the pixels' position"
+    assert torch.equal(order, metrics._removal_order(maps, seed=0))
+    assert not torch.equal(order, metrics._removal_order(maps, seed=1))
+
+
+def test_drop_and_increase():
+    drop, increase = metrics.drop_and_increase(Reader(MASKS), ONES, PERFECT * 9, ZEROS)
+    assert drop.values == pytest.approx(0, abs=1e-9) and increase.values.max() == 0
+    drop, _ = metrics.drop_and_increase(Reader(MASKS), ONES, INVERTED, ZEROS)
+    assert drop.values == pytest.approx(1, abs=1e-9)
+    half = PERFECT * 0.5 + INVERTED
+    drop, increase = metrics.drop_and_increase(Reader(MASKS), ONES, half * 9, ZEROS)
+    assert drop.values == pytest.approx(0.5) and increase.values.max() == 0
+    # The other class gains when the evidence goes.
+    drop, increase = metrics.drop_and_increase(Reader(MASKS), ONES, half, ZEROS + 1)
+    assert drop.values.max() == 0 and increase.values.min() == 1
+
+
+def test_imputation_solves_its_equations():
+    images = torch.randn(6, 3, 12, 9, generator=rng(), dtype=torch.float64)
+    removed = torch.rand(6, 12, 9, generator=rng(1)) < torch.linspace(0.1, 0.95, 6)[:, None, None]
+    filled = metrics.impute(images, removed, tolerance=1e-12)
+    keep = ~removed[:, None].expand_as(images)
+    assert torch.equal(filled[keep], images[keep])
+    total, weights = torch.zeros_like(filled), torch.zeros(12, 9, dtype=torch.float64)
+    for dy in (-1, 0, 1):
+        for dx in (-1, 0, 1):
+            weight = {0: 0, 1: 1 / 6, 2: 1 / 12}[abs(dy) + abs(dx)]
+            here = slice(max(dy, 0), 12 + min(dy, 0)), slice(max(dx, 0), 9 + min(dx, 0))
+            there = slice(max(-dy, 0), 12 + min(-dy, 0)), slice(max(-dx, 0), 9 + min(-dx, 0))
+            total[:, :, here[0], here[1]] += weight * filled[:, :, there[0], there[1]]
+            weights[here] += weight
+    torch.testing.assert_close(filled[~keep], (total / weights)[~keep], rtol=1e-8, atol=1e-9)
+    constant = torch.full_like(images, 0.3)
+    torch.testing.assert_close(metrics.impute(constant, removed), constant)
+    assert torch.equal(metrics.impute(images, removed & False), images)
+    noisy = metrics.impute(images, removed, noise=0.5, generator=rng(2))
+    assert 0.4 < (noisy - filled)[~keep].std() < 0.6
+    assert torch.equal(noisy[keep], images[keep])
+    with pytest.raises(ValueError, match="leave some"):
+        metrics.impute(images, removed | True)
+
+
+def test_imputation_agrees_with_grad_cam():
+    peer = pytest.importorskip(
+        "pytorch_grad_cam.metrics.road", reason="peer library grad-cam is not installed"
+    )
+    images = torch.randn(4, 3, 32, 32, generator=rng())
+    for share in (0.1, 0.5, 0.9):
+        removed = torch.rand(4, 32, 32, generator=rng(1)) < share
+        ours = metrics.impute(images, removed)
+        for index in range(4):
+            theirs = peer.NoisyLinearImputer(noise=0)(images[index], (~removed[index]).float())
+            assert (ours[index] - theirs).abs().max() < 1e-4
+
+
+def test_road_of_known_maps():
+    lit = MASKS[:, None].expand(-1, 3, -1, -1).float()
+
+    def mean(maps, **options):
+        return metrics.road(Reader(MASKS), lit, maps, ZEROS, **options).interval().mean
+
+    assert mean(PERFECT) > 0.3 and mean(INVERTED) < -0.3
+    assert mean(INVERTED) == pytest.approx(-mean(PERFECT), abs=0.02)
+    assert abs(mean(RANDOM)) < 0.01 and abs(mean(UNIFORM)) < 0.01
+    assert mean(PERFECT, seed=1) != mean(PERFECT) and mean(PERFECT, noise=0) == mean(
+        PERFECT, noise=0
+    )
+
+
+def test_faithfulness_agrees_with_grad_cam():
+    """Its drop is absolute, the paper's relative; its ROAD removes by percentile, the same here."""
+    pytest.importorskip("pytorch_grad_cam", reason="peer library grad-cam is not installed")
+    from pytorch_grad_cam.metrics import cam_mult_image, road
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
+
+    model = SmallNet().float()
+    images = torch.randn(8, 3, 16, 16, generator=rng())
+    maps = torch.rand(8, 16, 16, generator=rng(1))
+    maps = maps / maps.amax((1, 2), keepdim=True)
+    classes = torch.arange(8) % 5
+    targets = [ClassifierOutputSoftmaxTarget(k) for k in classes.tolist()]
+    peer = images, maps.numpy(), targets, model
+    before = model(images).softmax(1)[range(8), classes].detach().numpy()
+    drop, increase = metrics.drop_and_increase(model, images, maps, classes)
+    assert drop.values == pytest.approx(cam_mult_image.DropInConfidence()(*peer) / before, abs=1e-5)
+    assert (increase.values == cam_mult_image.IncreaseInConfidence()(*peer)).all()
+    assert 0 < increase.values.sum() < 8, "one outcome only: nothing compared"
+    theirs = road.ROADCombined(percentiles=[25, 50, 75])
+    for metric in (theirs.morf_averager, theirs.lerf_averager):
+        metric.imputer = exact(metric.imputer)
+    ours = metrics.road(model, images, maps, classes, shares=(0.25, 0.5, 0.75), noise=0)
+    assert ours.values == pytest.approx(theirs(*peer), abs=1e-4)
+
+
+def exact(metric):
+    """The peer's ROAD without its noise."""
+    from pytorch_grad_cam.metrics.road import NoisyLinearImputer
+
+    def make(percentile):
+        made = metric(percentile)
+        made.perturbation.imputer = NoisyLinearImputer(noise=0)
+        return made
+
+    return make
+
+
+def test_placement_agrees_with_quantus():
+    """Its pointing game is a hit if any maximum is inside; equal where the maximum is unique."""
+    quantus = pytest.importorskip("quantus", reason="peer library quantus is not installed")
+    model, images = SmallNet().float(), np.zeros((40, 3, 16, 16), np.float32)
+    masks = MASKS[:40].numpy()[:, None]
+    options = {"disable_warnings": True, "display_progressbar": False, "normalise": False}
+    given = model, images, np.zeros(40, int), RANDOM[:40].numpy()[:, None], masks
+    theirs = quantus.RelevanceMassAccuracy(abs=False, **options)(*given)
+    ours = metrics.energy_in_mask(RANDOM[:40], MASKS[:40]).values
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    theirs = quantus.PointingGame(abs=False, **options)(*given)
+    assert metrics.pointing_game(RANDOM[:40], MASKS[:40]).values.tolist() == [*map(float, theirs)]
+    assert 0 < sum(theirs) < 40
+
+
+# --------------------------------------------------------------------------- steady
+def test_rank_correlation():
+    scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    first = torch.randint(0, 5, (20, 7, 7), generator=rng()).float()
+    second = (first + torch.randint(0, 6, (20, 7, 7), generator=rng(1))).clamp(min=3)
+    scores = metrics.rank_correlation(first, second)
+    for index, value in enumerate(scores.values):
+        expected = scipy.spearmanr(first[index].flatten(), second[index].flatten()).statistic
+        assert value == pytest.approx(expected)
+    one = metrics.rank_correlation(RANDOM, RANDOM**3).values
+    assert one == pytest.approx(1)
+    assert metrics.rank_correlation(RANDOM, 1 - RANDOM).values == pytest.approx(-1)
+    noise = torch.rand(RANDOM.shape, generator=rng(5))
+    assert metrics.rank_correlation(RANDOM, noise).interval().mean == pytest.approx(0, abs=0.02)
+    assert (metrics.rank_correlation(RANDOM, UNIFORM).values == 0).all()
+    gone = RANDOM.clone()
+    gone[:5] = 0
+    scores = metrics.rank_correlation(RANDOM, gone)
+    assert scores.all_zero == 5 and np.isnan(scores.values[:5]).all()
+    with pytest.raises(ValueError, match="match"):
+        metrics.rank_correlation(RANDOM, RANDOM[:, :4])
+
+
+def test_agreement_is_the_mean_over_pairs():
+    others = [RANDOM, RANDOM**2, 1 - RANDOM]
+    assert metrics.agreement(others).values == pytest.approx(-1 / 3)
+    gone = (1 - RANDOM).clone()
+    gone[:4] = 0
+    scores = metrics.agreement([RANDOM, RANDOM**2, gone])
+    assert scores.values[:4] == pytest.approx(1) and scores.values[4:] == pytest.approx(-1 / 3)
+    assert scores.all_zero == 4
+    with pytest.raises(ValueError, match="at least two"):
+        metrics.agreement([RANDOM])
+
+
+def test_parameter_randomisation_is_cascading_and_looks_at_the_copy():
+    model = SmallNet().float().train()
+    images = torch.randn(12, 3, 16, 16, generator=rng())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    seen = []
+
+    def explain(network):
+        seen.append({key: value.clone() for key, value in network.state_dict().items()})
+        return cam(network, images, 1, "layer2", "hirescam").maps
+
+    torch.manual_seed(7)
+    expected_next = torch.rand(3)
+    torch.manual_seed(7)
+    scores = metrics.parameter_randomisation(model, explain)
+    assert torch.equal(torch.rand(3), expected_next), "the global generator moved"
+    assert list(scores) == ["fc", "layer3", "layer2", "layer1"]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training
+    for step, done in enumerate([[], ["fc"], ["fc", "layer3"], ["fc", "layer3", "layer2"]]):
+        changed = {k.split(".")[0] for k, v in seen[step].items() if not torch.equal(v, before[k])}
+        assert changed == set(done)
+    assert scores["layer1"].interval().mean < 0.6
+    edges = metrics.parameter_randomisation(
+        model, lambda _network: metrics.control_maps(images)["edges"]
+    )
+    assert all(part.values == pytest.approx(1) for part in edges.values())
+    with pytest.raises(ValueError, match="no layer of this model"):
+        metrics.parameter_randomisation(
+            model, lambda network: cam(network, images, 1, model.layer2).maps
+        )
+
+
+def test_parts_that_cannot_be_randomised_are_named():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(3))
+
+    model = nn.Sequential(nn.Sequential(Scale()))
+    with pytest.raises(ValueError, match=r"0\.0 \(Scale\)"):
+        metrics.parameter_randomisation(model, lambda _network: RANDOM)
+
+
+# --------------------------------------------------------------------------- the table
+def test_controls():
+    images = torch.zeros(6, 3, 20, 20)
+    images[:, :, :, 10:] = 1
+    maps = metrics.control_maps(images, seed=1)
+    assert list(maps) == ["random", "centred", "edges", "uniform"]
+    assert all(m.shape == (6, 20, 20) and m.min() >= 0 and m.max() <= 1 for m in maps.values())
+    assert (maps["edges"][:, :, 9:11] == 1).all() and maps["edges"][:, :, :9].max() == 0
+    centre = maps["centred"][0]
+    assert centre.argmax() in (9 * 20 + 9, 9 * 20 + 10, 10 * 20 + 9, 10 * 20 + 10)
+    assert torch.allclose(centre, centre.flip(0)) and torch.allclose(centre, centre.T)
+    assert (maps["uniform"] == 1).all() and maps["random"].std() > 0.25
+    assert torch.equal(maps["random"], metrics.control_maps(images, seed=1)["random"])
+    assert not torch.equal(maps["random"], metrics.control_maps(images, seed=2)["random"])
+    smooth = metrics.control_maps(images, layer_size=(4, 4))["random"]
+    assert smooth.diff(dim=2).abs().mean() < 0.2 * maps["random"].diff(dim=2).abs().mean()
+    assert torch.isfinite(metrics.control_maps(images * 0)["edges"]).all()
+
+
+def test_the_table_always_holds_the_controls():
+    maps = {"perfect": PERFECT, "nothing": PERFECT * 0}
+    table = metrics.compare(
+        maps,
+        {
+            "pointing": lambda m: metrics.pointing_game(m, MASKS),
+            "energy": lambda m: metrics.energy_in_mask(m, MASKS),
+        },
+        ONES,
+    )
+    assert len(table) == 6 * 2 and table.control.sum() == 4 * 2
+    rows = table.set_index(["method", "metric"])
+    perfect = rows.loc["perfect", "energy"]
+    assert perfect["mean"] == perfect["low"] == perfect["high"] == 1 and perfect["n"] == 400
+    assert math.isnan(rows.loc["nothing", "energy"]["mean"])
+    assert rows.loc["nothing", "energy"]["all_zero"] == 400
+    uniform = rows.loc["uniform", "pointing"]
+    assert uniform["mean"] == pytest.approx(AREA)
+    random = rows.loc["random", "pointing"]
+    assert random["low"] < random["mean"] < random["high"] < 0.35
+    with pytest.raises(ValueError, match="named like controls: random"):
+        metrics.compare({"random": RANDOM}, {}, ONES)
+
+
+@pytest.mark.parametrize(
+    ("maps", "masks", "message"),
+    [
+        (RANDOM[0], MASKS[0], "N x H x W"),
+        (RANDOM - 0.5, MASKS, "not negative"),
+        (RANDOM * math.nan, MASKS, "finite"),
+        (RANDOM, MASKS[:5], "masks must be bool"),
+        (RANDOM, MASKS.float(), "masks must be bool"),
+    ],
+)
+def test_wrong_maps_and_masks(maps, masks, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.energy_in_mask(maps, masks)
+
+
+def test_wrong_targets_and_state_is_kept():
+    model = SmallNet().float().train()
+    images = torch.randn(6, 3, 16, 16, generator=rng())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="each of 6 images"):
+        metrics.drop_and_increase(model, images, RANDOM[:6], torch.tensor([1, 2]))
+    metrics.road(model, images, RANDOM[:6], torch.zeros(6, dtype=torch.long))
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
