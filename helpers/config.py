@@ -5,7 +5,8 @@ This is the only module that reads the environment. A study is decided by two va
     PROFILE   how much work: smoke (tests), quick (default, a laptop) or full (a CUDA GPU)
     DATASET   what on: a name from `helpers.data.DATASETS` or the path of a folder of images
 
-and, for where things go, RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE and PROGRESS.
+and, for where things go, RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE and PROGRESS. TENSORBOARD=1 also
+writes TensorBoard logs into the runs' folders (it needs the package tensorboard).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Study:
     analysis_dir: Path
     device: torch.device
     progress: str
+    tensorboard: bool = False
 
     @property
     def set_name(self) -> str:
@@ -147,6 +149,7 @@ def study() -> Study:
         analysis_dir=folder("ANALYSIS_DIR", "analysis"),
         device=choose_device(os.environ.get("DEVICE", "auto")),
         progress=progress,
+        tensorboard=os.environ.get("TENSORBOARD", "") not in ("", "0"),
     )
 
 

@@ -204,10 +204,10 @@ class _Terminal:
     """
 
     def __init__(
-        self, paths: Sequence[Path], times: dict[str, float], stream: TextIO = sys.stdout
+        self, paths: Sequence[Path], times: dict[str, float], stream: TextIO | None = None
     ) -> None:
-        self.paths, self.times, self.stream = paths, times, stream
-        self.live = stream.isatty()
+        self.paths, self.times, self.stream = paths, times, stream or sys.stdout
+        self.live = self.stream.isatty()
         self.begun = self.notebook_begun = time.monotonic()
         self.number, self.cell, self.cells = 0, 0, 0
         self.done: dict[str, float] = {}

@@ -93,7 +93,7 @@ def image_grid(
     row_labels: Sequence[str] = (),
 ) -> Figure:
     """Show images in rows of `columns`; `row_labels` stand to the left of each row."""
-    figure, panels = _panels(len(images), columns, size, size + (0.22 if any(titles) else 0.05))
+    figure, panels = _panels(len(images), columns, size, size + 0.08)
     for axes, image, title in zip(panels, images, titles, strict=True):
         _show(axes, image, title)
     for row, label in enumerate(row_labels):
@@ -144,6 +144,7 @@ def timings(times: Mapping[str, Timing], unit: str, scale: float, title: str) ->
 def gradient_norms(norms: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
     """Show gradient norms by relative depth: a panel a kind of network, a line a depth.
 
+    All panels but the first share their scale.
     `norms[kind][depth]` lists the norms from the first convolution to the last.
     """
     figure, panels = _panels(len(norms), len(norms), 3.2, 3.0)
@@ -153,9 +154,7 @@ def gradient_norms(norms: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure
             position = np.linspace(0, 1, len(values))
             axes.plot(position, values, color=colour, label=str(depth), linewidth=1.6)
         axes.set(yscale="log", xlabel="position (0 input, 1 output)", title=kind)
-    limits = [axes.get_ylim() for axes in panels]
-    for axes in panels:
-        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    _share_y(panels[1:])  # the first kind's norms can be smaller by forty powers of ten
     panels[0].set_ylabel("norm of the loss's gradient\nfor a convolution's weights")
     panels[-1].legend(title="layers", fontsize=8)
     return figure

@@ -14,7 +14,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from helpers.evaluation import Interval, metrics, multiply_adds, predict, seeds_
 from helpers.models import MODELS, build_model, default_stem
 from helpers.training import (
     RECIPES,
+    EpochRecord,
     Progress,
     Recipe,
     TrainingDiverged,
@@ -453,6 +454,7 @@ def load_or_train(
                 identity=run.key,
                 checkpoint_seconds=checkpoint_seconds,
                 on_progress=on_progress,
+                on_epoch=_tensorboard(folder) if study.tensorboard else None,
             )
         except TrainingDiverged as error:
             write_atomically(failed, json.dumps({"error": str(error)}).encode())
@@ -461,6 +463,26 @@ def load_or_train(
         return load_result(run, folder)
     finally:
         lock.release()
+
+
+def _tensorboard(folder: Path) -> Callable[[EpochRecord], None]:
+    """Return what writes an epoch's record into the run's TensorBoard log."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "TENSORBOARD is set, but the package tensorboard isn't installed: pip install "
+            "tensorboard, or unset it"
+        ) from error
+    writer = SummaryWriter(folder / "tensorboard")
+
+    def write(record: EpochRecord) -> None:
+        for name, value in asdict(record).items():
+            if name != "epoch":
+                writer.add_scalar(name, value, record.epoch)
+        writer.flush()
+
+    return write
 
 
 def train_all(

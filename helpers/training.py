@@ -418,6 +418,7 @@ def train(
     identity: str = "",
     checkpoint_seconds: float = 30.0,
     on_progress: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> Trained:
     """Train a network in place on a dataset's training split.
 
@@ -453,7 +454,7 @@ def train(
     with torch.random.fork_rng(devices=generators), cudnn, _stop_signal() as stop:
         loop = _Loop(model, dataset, recipe, epochs, seed, patience, device, folder, identity)
         try:
-            return loop.run(checkpoint_seconds, on_progress, stop)
+            return loop.run(checkpoint_seconds, on_progress, on_epoch, stop)
         except RuntimeError as error:
             if any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS):
                 raise OutOfMemory(
@@ -520,6 +521,7 @@ class _Loop:
         self,
         checkpoint_seconds: float,
         on_progress: Callable[[Progress], None] | None,
+        on_epoch: Callable[[EpochRecord], None] | None,
         stop: list[int],
     ) -> Trained:
         _seed_all(self.seed)
@@ -534,6 +536,8 @@ class _Loop:
                 if stop:
                     self._end(stop[0])
             self._finish_epoch()
+            if on_epoch:
+                on_epoch(self.history[-1])
             if stop or time.monotonic() - last_checkpoint >= checkpoint_seconds / 10:
                 self._save()
                 last_checkpoint = time.monotonic()
