@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
+from helpers import evaluation
 from helpers.config import Study
 from helpers.evaluation import Interval, Timing
 from helpers.gradcam import colourbar
@@ -241,7 +242,7 @@ def intervals(
         mean = factor * v.mean
         axes.errorbar(mean, y, xerr=[[low], [high]], fmt="o", color=PALETTE[0], capsize=3)
         axes.annotate(
-            f"{mean:.1f}" if percent else f"{mean:.3g}",
+            evaluation.percent(v.mean) if percent else f"{mean:.3g}",
             (mean, y),
             xytext=(0, 6),
             textcoords="offset points",

@@ -31,7 +31,14 @@ from tqdm.auto import tqdm
 from helpers import config
 from helpers.config import Study, dataset_slug
 from helpers.data import SPLITS, Augmentation, Dataset, load_dataset
-from helpers.evaluation import Interval, metrics, multiply_adds, predict, seeds_interval
+from helpers.evaluation import (
+    Interval,
+    metrics,
+    multiply_adds,
+    percent,
+    predict,
+    seeds_interval,
+)
 from helpers.models import MODELS, build_model, default_stem
 from helpers.training import (
     RECIPES,
@@ -668,13 +675,15 @@ def paired_difference(results: Sequence[Result], reference: Sequence[Result]) ->
 
 def difference_sentence(name: str, reference: str, difference: Interval) -> str:
     """Say what an interval of a difference in accuracy allows to say, in points of per cent."""
-    size = f"{100 * abs(difference.mean):.1f} points"
-    interval = f"95 % interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+    size = f"{percent(abs(difference.mean))} points"
+    bounds = f"{percent(difference.low, '+')} to {percent(difference.high, '+')}"
     if difference.low > 0:
-        return f"{name} is {size} more accurate than {reference} ({interval})."
-    if difference.high < 0:
-        return f"{name} is {size} less accurate than {reference} ({interval})."
-    return f"Between {name} and {reference} no difference is shown ({interval})."
+        text = f"{name} is {size} more accurate than {reference}"
+    elif difference.high < 0:
+        text = f"{name} is {size} less accurate than {reference}"
+    else:
+        text = f"between {name} and {reference} no difference is shown"
+    return f"{text[0].upper()}{text[1:]} (95 % interval {bounds})."
 
 
 def mean_metrics(results: Sequence[Result], split: str = "test") -> dict[str, float]:

@@ -20,6 +20,7 @@ import typst
 
 from helpers import config
 from helpers.config import PROFILES, ROOT
+from helpers.evaluation import Interval
 from helpers.notebooks import clock
 from helpers.training import write_atomically
 
@@ -60,7 +61,7 @@ def results_table(set_folder: Path) -> str:
     for name, values in depth["networks"].items():
         a, costs = values["accuracy"], values["costs"]
         lines.append(
-            f"| {name} | {100 * a['mean']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}] | "
+            f"| {name} | {Interval(**a).percent()} | "
             f"{costs['parameters'] / 1e3:,.0f} thousand | "
             f"{costs['multiply-adds'] / 1e6:.1f} million | {costs['training seconds']:.0f} s |"
         )

@@ -20,6 +20,7 @@ from helpers.evaluation import (
     gradient_norms,
     metrics,
     multiply_adds,
+    percent,
     predict,
     seeds_interval,
     summarise,
@@ -298,7 +299,8 @@ def test_seeds_interval_refuses_anything_but_a_table(values: np.ndarray) -> None
 def test_intervals_as_percentages() -> None:
     interval = Interval(0.9123, 0.9, 0.92349, 3)
     assert interval.percent() == "91.2 [90.0, 92.3]"
-    assert interval.percent(2) == "91.23 [90.00, 92.35]"
+    assert [percent(x) for x in (0.6535, 0.2035, -0.0005, 0.1)] == ["65.4", "20.4", "-0.1", "10.0"]
+    assert [percent(x, "+") for x in (0.013, -0.013)] == ["+1.3", "-1.3"]
 
 
 @pytest.mark.parametrize(
