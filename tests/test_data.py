@@ -952,13 +952,20 @@ def test_no_flipped_bit_in_a_cache_goes_unnoticed(
             assert load(folder).fingerprint == found.fingerprint
 
 
+@pytest.mark.parametrize("moment", range(5))
 def test_an_interrupted_write_leaves_no_cache(
-    folder: Path, load: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+    folder: Path, load: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    def killed(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
+    save, saved = np.save, []
+
+    def killed(*args: object, **options: object) -> None:
+        saved.append(0)
+        if len(saved) > moment:
+            raise KeyboardInterrupt
+        save(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "save", killed)
         patch.setattr(Path, "rename", killed)
         load(folder)
     assert load(folder).fingerprint
@@ -1209,7 +1216,7 @@ def test_choices_repeat_and_differ_between_epochs_and_seeds() -> None:
     first, again = choices(0, 1), choices(0, 1)
     for name in ("order", "flips", "shifts", "holes"):
         assert torch.equal(getattr(first, name), getattr(again, name))
-        for other in (choices(0, 2), choices(1, 1)):
+        for other in (choices(0, 2), choices(1, 1), choices(1, 0)):
             assert not torch.equal(getattr(first, name), getattr(other, name))
 
 
