@@ -8,7 +8,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_PEERS := $(VENV)/.installed-peers
-export PROFILE DATASET RUNS_DIR DATA_DIR ANALYSIS_DIR DEVICE
 
 .PHONY: help study test lab report runs publish address bench soak clean
 .DEFAULT_GOAL := help

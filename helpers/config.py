@@ -130,11 +130,11 @@ def study() -> Study:
     Raises ValueError for an unknown PROFILE, DEVICE or PROGRESS. DATASET is checked when the
     data is loaded.
     """
-    name = os.environ.get("PROFILE", "quick")
+    name = os.environ.get("PROFILE") or "quick"
     if name not in PROFILES:
         raise ValueError(f"PROFILE={name!r} is unknown; choose one of {', '.join(PROFILES)}")
     profile = PROFILES[name]
-    progress = os.environ.get("PROGRESS", "bar")
+    progress = os.environ.get("PROGRESS") or "bar"
     if not re.fullmatch("bar|none|file:.+", progress):
         raise ValueError(f"PROGRESS={progress!r} is unknown; use bar, none or file:PATH")
 
@@ -147,7 +147,7 @@ def study() -> Study:
         runs_dir=folder("RUNS_DIR", "runs"),
         data_dir=folder("DATA_DIR", "data"),
         analysis_dir=folder("ANALYSIS_DIR", "analysis"),
-        device=choose_device(os.environ.get("DEVICE", "auto")),
+        device=choose_device(os.environ.get("DEVICE") or "auto"),
         progress=progress,
         tensorboard=os.environ.get("TENSORBOARD", "") not in ("", "0"),
     )

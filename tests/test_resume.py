@@ -127,13 +127,13 @@ def test_interrupted_after_every_single_step(
     straight = attempt(None, recipe, model)
     with monkeypatch.context() as patch:
         before_step(patch, 0, raising(signal.SIGINT), every=True)
-        resumed = None
-        for interrupts in range(STEPS * EPOCHS + 1):
+        resumed, interrupts = None, 0
+        for _ in range(STEPS * EPOCHS + 1):
             try:
                 resumed = attempt(tmp_path, recipe, model, checkpoint_seconds=NEVER)
                 break
             except KeyboardInterrupt:
-                continue
+                interrupts += 1
     assert resumed is not None, "it goes on for ever"
     assert interrupts == STEPS * len(straight[1].history)
     assert_identical(straight, resumed)
