@@ -107,10 +107,10 @@ def fill_readme(text: str, set_folder: Path) -> str:
     """Return the README with its generated tables replaced by those of a published set."""
     tables = {"results": results_table(set_folder), "profiles": profile_table()}
     for name, table in tables.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"README.md lacks the marks <!-- {name} --> ... <!-- /{name} -->")
-        text = pattern.sub(lambda match, table=table: match[1] + table + match[2], text)
+        text = pattern.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
     return text
 
 
