@@ -93,11 +93,9 @@ def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("PROFILE", "huge", "smoke, quick, full"),
         ("PROFILE", "Quick", "smoke, quick, full"),
-        ("PROFILE", "", "smoke, quick, full"),
         ("PROGRESS", "bars", "bar, none or file:PATH"),
         ("PROGRESS", "file:", "bar, none or file:PATH"),
         ("DEVICE", "gpu", "auto, cpu, cuda or mps"),
-        ("DEVICE", "", "auto, cpu, cuda or mps"),
         ("DEVICE", "meta", "auto, cpu, cuda or mps"),
     ],
 )
@@ -256,3 +254,13 @@ def test_dependencies_point_one_way(module: str, allowed: set[str]) -> None:
     source = (config.ROOT / "helpers" / f"{module}.py").read_text(encoding="utf-8")
     names = {name.split(".")[1] for name in imported(ast.parse(source)) if "helpers." in name}
     assert names == allowed
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("PROFILE", "DATASET", "DEVICE", "PROGRESS", "RUNS_DIR"):
+        monkeypatch.setenv(variable, "")
+    study.cache_clear()
+    found = study()
+    study.cache_clear()
+    assert (found.profile.name, found.dataset, found.progress) == ("quick", "shapes", "bar")
+    assert found.runs_dir == config.ROOT / "runs"
