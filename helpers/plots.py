@@ -25,7 +25,7 @@ from helpers.evaluation import Interval, Timing
 from helpers.gradcam import colourbar
 
 PALETTE = sns.color_palette("colorblind")
-FIGURE_DPI = 130
+FIGURE_DPI = 110
 LARGEST_FIGURE = 300_000  # bytes: figures are committed, so they stay small
 
 # How the networks are called and coloured in every figure.
