@@ -44,13 +44,13 @@ def predict(
     *,
     batch_size: int = 500,
     dtype: torch.dtype = torch.float32,
-    flip: bool = False,
+    mirror: bool = False,
 ) -> Tensor:
     """Return the logits N x K (float32, on the CPU) of all images of a split, in its order.
 
     The model is put in evaluation mode for the time of the call. With a `dtype` below float32 the
-    forward pass runs under autocast. `flip` averages the logits of each image and its mirror
-    image: test-time augmentation, to be reported apart from the plain figure.
+    forward pass runs under autocast. `mirror` shows each image mirrored: the mean of
+    both logits is test-time augmentation, to be reported apart from the plain figure.
     """
     device = next(model.parameters()).device
     logits = []
@@ -58,9 +58,7 @@ def predict(
         for images in split.images.split(batch_size):
             batch = normalise(images.to(device), mean, deviation)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                out = model(batch)
-                if flip:
-                    out = (out + model(batch.flip(-1))) / 2
+                out = model(batch.flip(-1) if mirror else batch)
             logits.append(out.float())
     return torch.cat(logits).cpu()
 

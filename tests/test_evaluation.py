@@ -170,13 +170,13 @@ def test_predictions_are_the_networks_logits_in_the_splits_order(split: Split) -
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_flip_averages_an_image_and_its_mirror_image(split: Split) -> None:
+def test_mirror_gives_the_logits_of_the_mirror_images(split: Split) -> None:
     model = small_model()
     mirrored = Split(split.images.flip(-1), split.labels)
     both = [predict(model, part, MEAN, DEVIATION) for part in (split, mirrored)]
     assert not torch.allclose(both[0], both[1], atol=1e-3)
-    found = predict(model, split, MEAN, DEVIATION, flip=True)
-    torch.testing.assert_close(found, (both[0] + both[1]) / 2, atol=1e-5, rtol=1e-4)
+    found = predict(model, split, MEAN, DEVIATION, mirror=True)
+    torch.testing.assert_close(found, both[1], atol=1e-5, rtol=1e-4)
 
 
 def test_reduced_precision_returns_float32_near_the_exact_logits(split: Split) -> None:
