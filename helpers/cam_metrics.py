@@ -24,7 +24,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.functional import gaussian_blur
 
 from helpers.evaluation import Interval, bootstrap_interval
 from helpers.gradcam import undisturbed
@@ -157,6 +156,8 @@ def insertion_deletion(
     maps, _ = _check(maps)
     order = _removal_order(maps, seed)
     shares = [step / steps for step in range(steps + 1)]
+    from torchvision.transforms.functional import gaussian_blur  # takes seconds to import
+
     blurred = gaussian_blur(images, 11, 5.0)
     inserted = _curve(model, blurred, images, order, targets, shares)
     deleted = _curve(model, images, torch.zeros_like(images), order, targets, shares)

@@ -10,6 +10,7 @@ images are RGB, uint8, and of one size, so that every network and every map fits
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -28,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from helpers import shapes
-from helpers.config import dataset_slug, is_path
+from helpers.config import ROOT, dataset_slug, is_path
 
 VALIDATION_SHARE = 0.1  # of the training images, for datasets without a validation split
 TEST_SHARE = 0.2  # of all images, for folders without test/
@@ -272,27 +273,43 @@ SHAPES_PROBE = 200  # images of each split that the fingerprint covers: the rest
 
 
 @functools.lru_cache(maxsize=8)
-def _draw_split(name: str, split: str, count: int, size: int) -> tuple[Split, str]:
+def _draw_split(name: str, split: str, count: int, size: int, data_dir: Path) -> tuple[Split, str]:
+    """Draw a split, or read it from data_dir/drawn/ if the same program drew it before."""
     labels = np.arange(max(count, SHAPES_PROBE)) % len(shapes.CLASSES)
-    seed = SPLITS.index(split)
-    drawing = shapes.draw(labels, image_size=size, seed=seed, mark=name == "shapes-marked")
-    images = np.ascontiguousarray(drawing.images.transpose(0, 3, 1, 2))
+    program = hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()[:12]
+    path = data_dir / "drawn" / f"{name}-{split}-{len(labels)}-{size}px-{program}.npz"
+    try:
+        drawn = dict(np.load(path, allow_pickle=False))
+    except Exception:  # missing or damaged: drawing it again gives the same
+        seed = SPLITS.index(split)
+        drawing = shapes.draw(labels, image_size=size, seed=seed, mark=name == "shapes-marked")
+        drawn = {"images": np.ascontiguousarray(drawing.images.transpose(0, 3, 1, 2))}
+        drawn |= {"masks": drawing.masks, "mark_masks": drawing.mark_masks}
+        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
+        with contextlib.suppress(OSError):  # a full or read-only disk costs time, nothing else
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(temporary, **drawn)
+            temporary.replace(path)
     result = Split(
-        torch.from_numpy(images),
-        torch.from_numpy(drawing.labels),
-        torch.from_numpy(drawing.masks),
-        torch.from_numpy(drawing.mark_masks) if name == "shapes-marked" else None,
+        torch.from_numpy(drawn["images"]),
+        torch.from_numpy(labels),
+        torch.from_numpy(drawn["masks"]),
+        torch.from_numpy(drawn["mark_masks"]) if name == "shapes-marked" else None,
     )
-    return result.first(count), fingerprint(images[:SHAPES_PROBE], labels[:SHAPES_PROBE])
+    return result.first(count), fingerprint(drawn["images"][:SHAPES_PROBE], labels[:SHAPES_PROBE])
 
 
 def _shapes_dataset(
-    name: str, image_size: int | None, sizes: tuple[int | None, int | None, int | None]
+    name: str,
+    image_size: int | None,
+    sizes: tuple[int | None, int | None, int | None],
+    data_dir: Path,
 ) -> Dataset:
     """Draw the three splits. A longer split begins with the shorter one, so subsets are nested."""
     splits, prints = [], []
     for split, size, default in zip(SPLITS, sizes, SHAPES_SIZES, strict=True):
-        drawn, probe = _draw_split(name, split, default if size is None else size, image_size or 32)
+        count = default if size is None else size
+        drawn, probe = _draw_split(name, split, count, image_size or 32, data_dir)
         splits.append(drawn)
         prints.append(probe)
     title = "Shapes" if name == "shapes" else "Shapes with a corner mark"
@@ -539,7 +556,7 @@ def load_dataset(
     train_size: int | None = None,
     validation_size: int | None = None,
     test_size: int | None = None,
-    data_dir: Path | str = "data",
+    data_dir: Path | str = ROOT / "data",
 ) -> Dataset:
     """Return disjoint, stratified train, validation and test splits of a dataset.
 
@@ -560,7 +577,7 @@ def load_dataset(
         if size is not None and size < 1:
             raise ValueError(f"{split}_size is {size}; expected a positive number, or None for all")
     if name in ("shapes", "shapes-marked"):
-        dataset = _shapes_dataset(name, image_size, sizes)
+        dataset = _shapes_dataset(name, image_size, sizes, Path(data_dir))
     elif name in DATASETS:
         dataset = _real_dataset(name, image_size, Path(data_dir).resolve())
     elif is_path(name):

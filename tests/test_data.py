@@ -1495,3 +1495,27 @@ def test_take_and_first_keep_everything_together() -> None:
         assert torch.equal(part.masks, masks[expected])
         assert torch.equal(part.mark_masks, ~masks[expected])
     assert split_of().take([1]).masks is None
+
+
+def test_drawn_splits_are_kept_and_a_damaged_file_is_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn() -> Dataset:
+        data._draw_split.cache_clear()
+        return load_dataset("shapes", image_size=16, data_dir=tmp_path, **sizes)
+
+    sizes = {"train_size": 20, "validation_size": 10, "test_size": 10}
+    first = drawn()
+    with monkeypatch.context() as patch:
+        patch.setattr(data.shapes, "draw", None)  # calling it would raise
+        second = drawn()
+    assert torch.equal(first.train.images, second.train.images)
+    assert torch.equal(first.test.masks, second.test.masks)
+    assert first.fingerprint == second.fingerprint
+    for path in (tmp_path / "drawn").iterdir():
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 255
+        path.write_bytes(content)
+    third = drawn()
+    assert torch.equal(first.train.images, third.train.images)
+    assert third.fingerprint == first.fingerprint
