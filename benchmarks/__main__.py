@@ -25,9 +25,11 @@ def main() -> int:
         f"torch {torch.__version__}, torchvision {torchvision.__version__}.",
         "",
     ]
-    text = "\n".join([*lines, training.markdown(), gradcam.markdown()])
     path = Path(__file__).parent / "RESULTS.md"
-    path.write_text(text.rstrip() + "\n")
+    text = "\n".join(lines)
+    for benchmark in (training, gradcam):  # written after each, so that nothing measured is lost
+        text += "\n" + benchmark.markdown()
+        path.write_text(text.rstrip() + "\n")
     print(text)
     print(f"written to {path}")
     return 0
