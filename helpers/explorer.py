@@ -129,8 +129,15 @@ def explore(network: nn.Module, dataset: Dataset, study: Study) -> Any:
     upload.observe(uploaded, "value")
     back.on_click(cleared)
     update()
-    controls = widgets.VBox([number, target, layer, method, opacity, widgets.HBox([upload, back])])
-    return widgets.VBox([widgets.HBox([controls, shown]), caption])
+    controls = widgets.HBox(
+        [
+            widgets.VBox([number, target, layer]),
+            widgets.VBox([method, opacity, widgets.HBox([upload, back])]),
+        ]
+    )
+    shown.layout.max_width = "100%"
+    # The picture goes below: beside a picture this wide, the controls would have no room.
+    return widgets.VBox([controls, shown, caption])
 
 
 def _is_map(module: nn.Module) -> bool:

@@ -50,8 +50,7 @@ def controls(view) -> dict:
             walk(child)
 
     walk(view)
-    found["picture"] = view.children[0].children[1]
-    found["caption"] = view.children[1]
+    found["picture"], found["caption"] = view.children[1:]
     return found
 
 
