@@ -75,7 +75,7 @@ def explore(network: nn.Module, dataset: Dataset, study: Study) -> Any:
 
     number = widgets.IntSlider(0, 0, len(test) - 1, description="image")
     target = widgets.Dropdown(
-        options=[("predicted", None), *((name, k) for k, name in enumerate(dataset.classes))],
+        options=[("predicted", -1), *((name, k) for k, name in enumerate(dataset.classes))],
         description="class",
     )
     convolutions = {name.split(".")[0] for name, m in network.named_modules() if _is_map(m)}
@@ -86,7 +86,7 @@ def explore(network: nn.Module, dataset: Dataset, study: Study) -> Any:
     method = widgets.Dropdown(options=list(gradcam.METHODS), description="method")
     opacity = widgets.FloatSlider(0.5, min=0, max=1, step=0.05, description="opacity")
     upload = widgets.FileUpload(accept="image/*", multiple=False, description="your image")
-    back = widgets.Button(description="back to test images")
+    back = widgets.Button(description="test images")
     shown, caption = widgets.Image(format="png"), widgets.Label()
     own: list[np.ndarray] = []
 
@@ -97,7 +97,7 @@ def explore(network: nn.Module, dataset: Dataset, study: Study) -> Any:
             network,
             image,
             dataset,
-            target=target.value,
+            target=None if target.value < 0 else target.value,
             layer=layer.value,
             method=method.value,
             opacity=opacity.value,

@@ -68,6 +68,7 @@ def test_headless_shows_a_static_picture(network, dataset, study) -> None:
 
 def test_every_control_changes_what_is_shown(network, dataset, study) -> None:
     c = controls(explorer.explore(network, dataset, replace(study, progress="bar")))
+    assert c["class"].label == "predicted"
     for name, value in {
         "image": 3,
         "class": 2,
@@ -90,7 +91,7 @@ def test_own_file_is_explained_and_a_broken_one_named(network, dataset, study) -
     assert c["caption"].value.startswith("your image") and c["picture"].value != first
     c["your image"].value = upload("broken.png", b"no image")
     assert "broken.png" in c["caption"].value
-    c["back to test images"].click()
+    c["test images"].click()
     assert c["picture"].value == first
 
 
