@@ -199,17 +199,11 @@ def make_run(study: Study, dataset: Dataset, model: str, *, seed: int, **changes
     profile = study.profile
     recipe = changes.pop("recipe", RECIPES["fast"])
     batch_size = min(recipe.batch_size, profile.batch_size, len(dataset.train))
-    is_whole = dataset.name in ("shapes", "shapes-marked") or profile.train_size is not None
-    sizes = {
-        "train_size": len(dataset.train) if is_whole else None,
-        "validation_size": len(dataset.validation) if is_whole else None,
-        "test_size": len(dataset.test) if is_whole else None,
-    }
     fields = {
         "epochs": profile.epochs,
         "width": profile.width,
         "image_size": profile.image_size,
-        **sizes,
+        **{f"{split}_size": len(getattr(dataset, split)) for split in SPLITS},
         **changes,
     }
     return Run(

@@ -558,3 +558,11 @@ def test_the_command_says_when_there_is_nothing(
 ) -> None:
     list_runs(monkeypatch, tmp_path / "nothing")
     assert capsys.readouterr().out == f"no runs in {tmp_path / 'nothing'}\n"
+
+
+def test_a_run_made_from_a_subset_is_of_that_subset_in_every_profile(tmp_path: Path) -> None:
+    for profile in config.PROFILES.values():
+        study = replace(config.study(), profile=profile, dataset="digits", data_dir=tmp_path)
+        subset = runs.study_data(study, train_size=100)
+        run = runs.make_run(study, subset, "simple_cnn", seed=0)
+        assert len(run.load_data(tmp_path).train) == 100, profile.name
