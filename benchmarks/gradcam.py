@@ -128,7 +128,7 @@ def peak_memory(name: str, batch: int) -> float:
 
 
 # --------------------------------------------------------------------------- the section
-def markdown(*, rounds: int = 7, tiny: bool = False) -> str:
+def markdown(*, rounds: int = 21, tiny: bool = False) -> str:
     """Measure everything (about ten minutes on two cores) and return the Markdown section.
 
     `tiny` runs every line of it on next to nothing, to see that it works.
@@ -206,7 +206,7 @@ def markdown(*, rounds: int = 7, tiny: bool = False) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--tiny", action="store_true", help="only see that everything runs")
     parser.add_argument("--peak", choices=[FORWARD, OURS, *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=256, help=argparse.SUPPRESS)

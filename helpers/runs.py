@@ -500,10 +500,22 @@ def train_all(
     return results
 
 
+SECONDS_BETWEEN_LINES = 30
+
+
+def _can_redraw() -> bool:
+    """Tell whether bars can be redrawn in place: in a terminal, and in a notebook's kernel."""
+    if sys.stderr.isatty():
+        return True
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
 class _Display:
     """Progress of several runs: a bar of runs, a bar of the current one, and the time left.
 
-    Time left comes from the measured speed of this call's runs: each run's cost is its
+    Where nothing can be redrawn (a log file, a pipe), a plain line for each run and one every half
+    minute. Time left comes from the measured speed of this call's runs: each run's cost is its
     multiply-adds times images times epochs.
     """
 
@@ -517,9 +529,11 @@ class _Display:
         self.run: Run | None = None
         self.outer: Any = None
         self.inner: Any = None
+        self.lines = study.progress == "bar" and not _can_redraw()
+        self.last_line = 0.0
 
     def __enter__(self) -> _Display:
-        if self.study.progress == "bar" and self.count:
+        if self.study.progress == "bar" and self.count and not self.lines:
             self.outer = tqdm(total=self.count, desc=self.title, unit="run", leave=False)
         return self
 
@@ -532,8 +546,18 @@ class _Display:
 
     def begin(self, run: Run) -> None:
         self.run = run if run in self.todo else None
-        if self.run is not None and self.outer is not None:
+        if self.run is None:
+            return
+        if self.outer is not None:
             self.inner = tqdm(total=run.epochs, desc=run.label(), unit="epoch", leave=False)
+        elif self.lines:
+            self._line(f"{run.epochs} epochs")
+
+    def _line(self, text: str) -> None:
+        assert self.run is not None
+        number = f"{self.title} {self.done + 1}/{self.count}"
+        print(f"{number}: {self.run.label()}, {text}", file=sys.stderr, flush=True)
+        self.last_line = time.monotonic()
 
     def update(self, progress: Progress) -> None:
         if self.run is None or self.study.progress == "none":
@@ -548,6 +572,10 @@ class _Display:
             self.inner.n = round(share * progress.epochs, 1)
             self.inner.set_postfix_str(state)
             self.outer.set_postfix_str(f"{left:.0f} s left" if left is not None else "")
+        elif self.lines:
+            if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+                remaining = f", {left:.0f} s left" if left is not None else ""
+                self._line(f"epoch {progress.epoch}/{progress.epochs}, {state}{remaining}")
         elif self.study.progress.startswith("file:"):
             text = {
                 "title": self.title,

@@ -403,6 +403,24 @@ def test_changed_images_raise(tmp_path: Path, study: Study, run: Run) -> None:
     assert load_or_train(mine, study).run == mine  # what is finished stays readable
 
 
+def test_progress_outside_a_terminal_is_plain_lines(
+    study: Study, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_LINES", 0)
+    both = [run, make_run(seed=1)]
+    runs.train_all(both, replace(study, progress="bar"), title="seeds")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "\r" not in printed.err and "\x1b" not in printed.err
+    lines = printed.err.splitlines()
+    assert lines[0] == f"seeds 1/2: {run.label()}, 2 epochs"
+    assert f"seeds 2/2: {both[1].label()}, 2 epochs" in lines
+    assert any(line.startswith(f"seeds 1/2: {run.label()}, epoch 2/2, loss ") for line in lines)
+    # What is stored already needs no line.
+    runs.train_all(both, replace(study, progress="bar"), title="seeds")
+    assert capsys.readouterr().err == ""
+
+
 def test_train_all_keeps_the_order_and_trains_each_once(
     monkeypatch: pytest.MonkeyPatch, stored: Study, run: Run
 ) -> None:
