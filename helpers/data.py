@@ -611,18 +611,32 @@ def load_dataset(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image: mirrored, shifted, and a square of it blanked out.
+    """What happens to a training image: mirrored, shifted, and a square of it blanked out, ...
 
     `crop_padding` and `cutout` are pixels at an image size of 32 and scale with it. A shift is a
     random crop after reflect-padding by `crop_padding`; cutout (DeVries and Taylor, 2017) sets a
-    square of side `cutout` to the mean colour.
+    square of side `cutout` to the mean colour. `colour_jitter` is the largest relative change of
+    brightness, contrast and saturation. `trivial_augment` applies one random operation of random
+    strength (Müller and Hutter, ICCV 2021, wide space). `mixup` is the parameter alpha of the Beta
+    distribution from which the share of a second image, and of its label, is drawn (Zhang et al.,
+    ICLR 2018); labels are then class probabilities.
+
+    Raises ValueError for a setting outside what is allowed.
     """
 
     flip: bool = True
     crop_padding: int = 4
     cutout: int = 0
+    colour_jitter: float = 0.0
+    trivial_augment: bool = False
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.colour_jitter < 1 or not 0 <= self.mixup <= 10:
+            raise ValueError(
+                f"colour_jitter is {self.colour_jitter} and mixup {self.mixup}; expected 0 to "
+                "below 1 and 0 to 10"
+            )
         if not 0 <= self.crop_padding <= 16 or not 0 <= self.cutout <= 32:
             raise ValueError(
                 f"crop_padding is {self.crop_padding} and cutout {self.cutout}; expected 0 to 16 "
@@ -635,12 +649,20 @@ NO_AUGMENTATION = Augmentation(flip=False, crop_padding=0, cutout=0)
 
 @dataclass(frozen=True)
 class EpochChoices:
-    """Every random choice of one epoch: order N, flips N (bool), shifts and cut-outs N x 2."""
+    """Every random choice of one epoch.
+
+    order N, flips N (bool), shifts and holes (centres of cut-outs) N x 2, colours N x 3 (changes
+    in -1 to 1), seeds N (of the operations of TrivialAugment), shares (of the image in a mixture,
+    one a batch).
+    """
 
     order: Tensor
     flips: Tensor
     shifts: Tensor
     holes: Tensor
+    colours: Tensor
+    seeds: Tensor
+    shares: Tensor
 
 
 def epoch_choices(
@@ -661,7 +683,13 @@ def epoch_choices(
         flips = (torch.randint(0, 2, (count,), generator=first) + epoch) % 2 == 1
     else:
         flips = torch.zeros(count, dtype=torch.bool)
-    return EpochChoices(order, flips, shifts, holes)
+    colours = 2 * torch.rand((count, 3), generator=generator) - 1
+    seeds = torch.randint(0, 2**62, (count,), generator=generator)
+    shares = torch.ones(count)
+    if augmentation.mixup:  # torch's Beta distribution takes no generator of one's own
+        drawn = np.random.default_rng([seed, epoch]).beta(*[augmentation.mixup] * 2, count)
+        shares = torch.from_numpy(drawn.astype(np.float32))
+    return EpochChoices(order, flips, shifts, holes, colours, seeds, shares)
 
 
 @dataclass(frozen=True)
@@ -706,13 +734,22 @@ class ResidentLoader:
         return self.split.labels.to(self.device)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images B x 3 x H x W float32, labels B int64) from batch `start` of an epoch."""
+        """Yield (images B x 3 x H x W float32, labels) from batch `start` of an epoch.
+
+        Labels are classes (B, int64) or, with mixup, their probabilities (B x K, float32).
+        """
         choices = epoch_choices(
             len(self.split), self.augmentation, self.image_size, self.mirror, self.seed, epoch
         )
-        order, flips, shifts, holes = (
+        order, flips, shifts, holes, colours = (
             part.to(self.device)
-            for part in (choices.order, choices.flips, choices.shifts, choices.holes)
+            for part in (
+                choices.order,
+                choices.flips,
+                choices.shifts,
+                choices.holes,
+                choices.colours,
+            )
         )
         scale, offset = normalisation(self.mean, self.deviation, self.device)
         side = round(self.augmentation.cutout * self.image_size / 32)
@@ -722,11 +759,24 @@ class ResidentLoader:
             images = self._windows[chosen, shift[:, 0], shift[:, 1]]
             if self.augmentation.flip and self.mirror:
                 images = torch.where(flips[chosen, None, None, None], images.flip(-1), images)
+            if self.augmentation.trivial_augment:
+                images = trivial_augment(images, choices.seeds[chosen.cpu()])
+            if self.augmentation.colour_jitter:
+                images = jitter(images, self.augmentation.colour_jitter * colours[chosen])
             images = images.contiguous(memory_format=torch.channels_last)
             images = torch.addcmul(offset, images.float(), scale)
             if side:
                 images = cut_out(images, holes[chosen], side)
-            yield images, self._labels[chosen]
+            yield self._mixed(images, self._labels[chosen], float(choices.shares[batch]))
+
+    def _mixed(self, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Mix each image and label with those of the batch in reverse order, if mixup is on."""
+        if not self.augmentation.mixup:
+            return images, labels
+        classes = int(self.split.labels.max()) + 1
+        labels = torch.nn.functional.one_hot(labels, classes).float()
+        mixed = share * images + (1 - share) * images.flip(0)
+        return mixed, share * labels + (1 - share) * labels.flip(0)
 
 
 class StreamingLoader(ResidentLoader):
@@ -736,7 +786,7 @@ class StreamingLoader(ResidentLoader):
     """
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images B x 3 x H x W float32, labels B int64) from batch `start` of an epoch."""
+        """Yield images and labels as ResidentLoader does."""
         choices = epoch_choices(
             len(self.split), self.augmentation, self.image_size, self.mirror, self.seed, epoch
         )
@@ -750,11 +800,12 @@ class StreamingLoader(ResidentLoader):
             # Its own generator: DataLoader would otherwise draw from torch's global one.
             generator=torch.Generator().manual_seed(0),
         )
-        for images, labels in loader:
+        for batch, (images, labels) in enumerate(loader, start):
             images = images.to(self.device, non_blocking=True)
-            yield (
+            yield self._mixed(
                 images.contiguous(memory_format=torch.channels_last),
                 labels.to(self.device, non_blocking=True),
+                float(choices.shares[batch]),
             )
 
 
@@ -780,6 +831,11 @@ class _AugmentedImages(torch.utils.data.Dataset):
             image = transforms.crop(image, top, left, size, size)
         if self.choices.flips[index]:
             image = transforms.horizontal_flip(image)
+        if loader.augmentation.trivial_augment:
+            image = trivial_augment(image[None], self.choices.seeds[index][None])[0]
+        if loader.augmentation.colour_jitter:
+            change = loader.augmentation.colour_jitter * self.choices.colours[index]
+            image = jitter(image[None], change[None])[0]
         image = transforms.to_dtype(image, torch.float32, scale=True)
         image = transforms.normalize(image, loader.mean.tolist(), loader.deviation.tolist())
         side = round(loader.augmentation.cutout * size / 32)
@@ -820,6 +876,40 @@ def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
     hole = in_rows[:, None, :, None] & in_columns[:, None, None, :]
     # masked_fill would return another memory format; the copy keeps channels last.
     return images.clone().masked_fill_(hole, 0.0)
+
+
+def jitter(images: Tensor, changes: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation of N x 3 x H x W uint8 images.
+
+    `changes` is N x 3: relative changes above -1; 0 leaves the image as it is. Contrast spreads the
+    values around the image's mean luma, saturation around each pixel's (ITU-R BT.601 weights).
+    """
+    brightness, contrast, saturation = (1 + changes).view(-1, 3, 1, 1, 1).unbind(1)
+
+    def luma(image: Tensor) -> Tensor:
+        return (image * image.new_tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)).sum(1, True)
+
+    image = (images.float() * brightness).clamp(0, 255)
+    mean = luma(image).mean((2, 3), keepdim=True)
+    image = (mean + contrast * (image - mean)).clamp(0, 255)
+    gray = luma(image)
+    return (gray + saturation * (image - gray)).clamp(0, 255).round().to(torch.uint8)
+
+
+def trivial_augment(images: Tensor, seeds: Tensor) -> Tensor:
+    """Apply TrivialAugment (torchvision's, wide space) to N x 3 x H x W uint8 images, one by one.
+
+    `seeds` (N, int64) decide operation and strength. torch's global generator stays as it was.
+    """
+    from torchvision.transforms.v2 import TrivialAugmentWide
+
+    operation = TrivialAugmentWide()
+    changed = []
+    with torch.random.fork_rng(devices=[]):
+        for image, seed in zip(images, seeds.tolist(), strict=True):
+            torch.manual_seed(seed)
+            changed.append(operation(image))
+    return torch.stack(changed)
 
 
 def make_loader(

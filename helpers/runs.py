@@ -40,6 +40,18 @@ from helpers.evaluation import (
     seeds_interval,
 )
 from helpers.models import MODELS, build_model, default_stem
+from helpers.starts import (
+    IMAGENET,
+    Pruning,
+    Transfer,
+    check_fit,
+    fit_to,
+    imagenet_weights,
+    make_permanent,
+    prune_channels,
+    prune_weights,
+    transfer,
+)
 from helpers.training import (
     RECIPES,
     EpochRecord,
@@ -66,7 +78,8 @@ class Run:
 
     `dataset` is a name or a folder's path, `fingerprint` that of its pixels and labels; sizes are
     numbers of images (None: all), `image_size` pixels (None: the dataset's own). `stem` is "auto",
-    "cifar" or "imagenet". `patience` (epochs) turns early stopping on.
+    "cifar" or "imagenet". `patience` (epochs) turns early stopping on. `start` is the trained
+    network to start from; None means random weights.
 
     Raises ValueError for a setting outside what is allowed.
     """
@@ -86,6 +99,7 @@ class Run:
     residual: bool = True
     dropout: float = 0.0
     patience: int | None = None
+    start: Transfer | Pruning | None = None
 
     def __post_init__(self) -> None:
         check("model", self.model, self.model in MODELS, f"one of {', '.join(MODELS)}")
@@ -115,10 +129,26 @@ class Run:
                 f"batch_size is {self.recipe.batch_size}, but train_size is {self.train_size}; "
                 "use a smaller batch or more images"
             )
+        allowed = self.start is None or isinstance(self.start, (Transfer, Pruning))
+        check("start", self.start, allowed, "a Transfer, a Pruning, or None for random weights")
+        if self.start is not None:
+            check_fit(self)
 
     def identity(self) -> dict[str, Any]:
-        """Return what the key is made of: all fields, with a folder known by its name alone."""
-        return asdict(self) | {"dataset": dataset_slug(self.dataset)}
+        """Return what the key is made of: all fields, with a folder known by its name alone.
+
+        Fields that came later are left out where they have no effect, so that older keys stay.
+        """
+        values = asdict(self) | {"dataset": dataset_slug(self.dataset)}
+        augmentation = values["recipe"]["augmentation"]
+        for name in ("colour_jitter", "trivial_augment", "mixup"):
+            if not augmentation[name]:
+                del augmentation[name]
+        if self.start is None:
+            del values["start"]
+        elif isinstance(self.start.source, Run):
+            values["start"]["source"] = self.start.source.key
+        return values
 
     @property
     def key(self) -> str:
@@ -128,12 +158,16 @@ class Run:
         parts = [dataset_slug(self.dataset), self.model, self.recipe.name, f"seed{self.seed}"]
         if not self.residual:
             parts[1] += "-plain"
+        if self.start is not None:
+            parts[1] += "-pruned" if isinstance(self.start, Pruning) else "-transferred"
         return "-".join([*parts, digest])
 
     def label(self) -> str:
         """Return a short name for progress displays."""
-        plain = "" if self.residual else " plain"
-        return f"{self.model}{plain}, recipe {self.recipe.name}, seed {self.seed}"
+        kind = "" if self.residual else " plain"
+        if self.start is not None:
+            kind += " pruned" if isinstance(self.start, Pruning) else " transferred"
+        return f"{self.model}{kind}, recipe {self.recipe.name}, seed {self.seed}"
 
     def build(self, num_classes: int, image_size: int) -> nn.Module:
         """Return the untrained network, its weights drawn from the run's seed alone."""
@@ -220,7 +254,12 @@ def run_from_dict(values: dict[str, Any]) -> Run:
     """Return the Run that `asdict` turned into `values` (as in run.json)."""
     recipe = values["recipe"]
     recipe = Recipe(**recipe | {"augmentation": Augmentation(**recipe["augmentation"])})
-    return Run(**values | {"recipe": recipe})
+    start = values.get("start")
+    if start is not None:
+        source = start["source"]
+        source = source if isinstance(source, str) else run_from_dict(source)
+        start = (Pruning if "kind" in start else Transfer)(**start | {"source": source})
+    return Run(**values | {"recipe": recipe, "start": start})
 
 
 # --- Results -----------------------------------------------------------------------------------
@@ -264,7 +303,7 @@ class Result:
         """Return the trained network in evaluation mode."""
         model = self.run.build(len(self.classes), self.image_size)
         path = self.folder / "model.safetensors"
-        model.load_state_dict(load_safetensors(path.read_bytes()))
+        model = fit_to(model, load_safetensors(path.read_bytes()))
         return model.to(device).eval()
 
 
@@ -441,7 +480,8 @@ def load_or_train(
             )
         dataset = run.load_data(study.data_dir)
         write_atomically(folder / "run.json", json.dumps(asdict(run), indent=1).encode())
-        model = run.build(len(dataset.classes), dataset.image_size)
+        model = _starting_network(run, dataset, study)
+        factor = run.start.rate_factor if isinstance(run.start, Transfer) else 1.0
         try:
             trained = train(
                 model,
@@ -450,6 +490,7 @@ def load_or_train(
                 epochs=run.epochs,
                 seed=run.seed,
                 patience=run.patience,
+                rate_factor=factor,
                 device=study.device,
                 folder=folder,
                 identity=run.key,
@@ -460,10 +501,32 @@ def load_or_train(
         except TrainingDiverged as error:
             write_atomically(failed, json.dumps({"error": str(error)}).encode())
             raise
+        make_permanent(model)
         _save_result(run, folder, dataset, model, trained, study.device)
         return load_result(run, folder)
     finally:
         lock.release()
+
+
+def _starting_network(run: Run, dataset: Dataset, study: Study) -> nn.Module:
+    """Return the network that a run trains: random, transferred or pruned.
+
+    The run that it starts from is loaded, or trained first.
+    """
+    model = run.build(len(dataset.classes), dataset.image_size)
+    if isinstance(run.start, Transfer):
+        if run.start.source == IMAGENET:
+            weights = imagenet_weights(run.model, study.data_dir / "weights")
+        else:
+            weights = load_or_train(run.start.source, study).load_model().state_dict()
+        transfer(model, weights, run.start.frozen)
+    elif isinstance(run.start, Pruning):
+        model = load_or_train(run.start.source, study).load_model()
+        if run.start.kind == "weights":
+            prune_weights(model, run.start.share)
+        else:
+            prune_channels(model, run.start.share, dataset.image_size)
+    return model
 
 
 def _tensorboard(folder: Path) -> Callable[[EpochRecord], None]:

@@ -188,11 +188,36 @@ def learning_rate_at(recipe: Recipe, step: int, steps: int) -> float:
     return cosine(peak, peak / 25e4, (step - top) / max(1, steps - 1 - top))
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer; fused on CUDA: one kernel updates all parameters."""
-    parameters = list(model.parameters())
+def parameter_groups(model: nn.Module, rate_factor: float) -> list[dict[str, Any]]:
+    """Return the trainable parameters of each part of a network, the last part first.
+
+    A part is a child module that has parameters; "scale" is what its learning rate is multiplied
+    by: 1 for the last, `rate_factor` for the one before, its square for the next.
+    """
+    parts = [
+        [p for p in child.parameters() if p.requires_grad]
+        for child in model.children()
+        if next(child.parameters(), None) is not None
+    ]
+    groups = [
+        {"params": part, "scale": rate_factor**distance}
+        for distance, part in enumerate(reversed(parts))
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, rate_factor: float = 1.0
+) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer of all trainable parameters.
+
+    Fused on CUDA: one kernel updates all parameters. With a `rate_factor` below 1 each part of the
+    network learns more slowly than the one after it (`parameter_groups`).
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    parameters = trainable if rate_factor == 1 else parameter_groups(model, rate_factor)
     common = {"lr": recipe.peak_learning_rate, "weight_decay": recipe.weight_decay}
-    common["fused"] = parameters[0].is_cuda
+    common["fused"] = trainable[0].is_cuda
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, **common
@@ -381,7 +406,7 @@ def _compile_once(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tenso
     graphs. Compiling takes up to a minute, so a network of the same structure is reused with its
     weights reset. Only the latest structure is kept, since the graphs hold memory.
     """
-    structure = repr(model)
+    structure = _structure(model)
     if structure not in _compiled:
         _compiled.clear()
         torch.compiler.reset()
@@ -393,6 +418,12 @@ def _compile_once(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tenso
     twin, forward = _compiled[structure]
     twin.load_state_dict(model.state_dict())
     return twin, forward
+
+
+def _structure(model: nn.Module) -> str:
+    """Return what a compiled network depends on: its layers, and what is trained or masked."""
+    trained = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    return f"{model!r}{trained}{[name for name, _ in model.named_buffers()]}"
 
 
 def _give_up_compiling(structure: str, model: nn.Module, error: Exception) -> None:
@@ -413,6 +444,7 @@ def train(
     epochs: int,
     seed: int,
     patience: int | None = None,
+    rate_factor: float = 1.0,
     device: torch.device | None = None,
     folder: Path | None = None,
     identity: str = "",
@@ -424,7 +456,8 @@ def train(
 
     With `patience`, training stops when the validation loss hasn't fallen for that many epochs,
     and the network gets the weights of the best epoch (Prechelt, 1998). The test split isn't
-    touched.
+    touched. Parameters that require no gradient stay as they are, and so do the statistics of a
+    batch norm whose parameters don't. For `rate_factor` see `make_optimizer`.
 
     With a `folder`, resume.pt is written there every `checkpoint_seconds` and at the end of each
     epoch (unless one was written within a tenth of that time), and history.csv after each epoch;
@@ -452,7 +485,9 @@ def train(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=True
     )
     with torch.random.fork_rng(devices=generators), cudnn, _stop_signal() as stop:
-        loop = _Loop(model, dataset, recipe, epochs, seed, patience, device, folder, identity)
+        loop = _Loop(
+            model, dataset, recipe, epochs, seed, patience, rate_factor, device, folder, identity
+        )
         try:
             return loop.run(checkpoint_seconds, on_progress, on_epoch, stop)
         except RuntimeError as error:
@@ -477,6 +512,7 @@ class _Loop:
         epochs: int,
         seed: int,
         patience: int | None,
+        rate_factor: float,
         device: torch.device,
         folder: Path | None,
         identity: str,
@@ -490,7 +526,7 @@ class _Loop:
         self.model, self.forward = self.original, self.original
         if device.type in COMPILED_DEVICES:
             self.model, self.forward = _compile_once(self.original)
-        self.optimizer = make_optimizer(self.model, recipe)
+        self.optimizer = make_optimizer(self.model, recipe, rate_factor)
         # float16's small range needs a scaled loss; bfloat16 and float32 don't.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.loader = make_loader(
@@ -554,7 +590,7 @@ class _Loop:
         """Train on the rest of the epoch, yielding after each step."""
         steps = len(self.loader)
         begun = reported = time.perf_counter()
-        self.model.train()
+        self._training_mode()
         for images, labels in self.loader.batches(self.epoch, self.step):
             self._train_step(images, labels, self.epoch * steps + self.step, self.epochs * steps)
             self.step += 1
@@ -571,10 +607,17 @@ class _Loop:
         if on_progress:
             on_progress(self._progress())
 
+    def _training_mode(self) -> None:
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+
     def _train_step(self, images: Tensor, labels: Tensor, step: int, steps: int) -> None:
         """One step of gradient descent."""
+        rate = learning_rate_at(self.recipe, step, steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.recipe, step, steps)
+            group["lr"] = rate * group.get("scale", 1.0)
         if self.forward is not self.model:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -588,7 +631,9 @@ class _Loop:
         self.scaler.update()
         with torch.no_grad():
             # The sums stay on the device, so that the host never waits for it inside an epoch.
-            correct = (logits.argmax(1) == labels).sum()
+            # Of a mixed image (mixup) the class with the larger share counts as the right one.
+            classes = labels if labels.ndim == 1 else labels.argmax(1)
+            correct = (logits.argmax(1) == classes).sum()
             bad = torch.where(torch.isfinite(loss), math.inf, float(self.step))
             self.sums[0] += loss
             self.sums[1] += correct
@@ -603,7 +648,7 @@ class _Loop:
         except Exception as error:
             if any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS):
                 raise
-            _give_up_compiling(repr(self.original), self.model, error)
+            _give_up_compiling(_structure(self.original), self.model, error)
             self.forward = self.model
             return self.model(images)
 

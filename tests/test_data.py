@@ -1434,6 +1434,105 @@ def test_reflect_pad_is_numpys() -> None:
     np.testing.assert_array_equal(padded.numpy(), expected)
 
 
+# --- Colours, operations and mixtures ----------------------------------------------------------
+
+STRONGER = {
+    "colour jitter": Augmentation(colour_jitter=0.4),
+    "TrivialAugment": Augmentation(trivial_augment=True),
+    "mixup": Augmentation(mixup=0.4),
+}
+
+
+def smooth_split(count: int, size: int) -> Split:
+    """Images with soft gradients, as photographs have, so that colours aren't all clipped."""
+    ramp = torch.linspace(40, 200, size)
+    image = torch.stack(
+        [ramp.expand(size, -1), ramp[:, None].expand(-1, size), ramp.flip(0).expand(size, -1)]
+    )
+    offsets = torch.arange(count).view(-1, 1, 1, 1)
+    return Split((image[None] + offsets).to(torch.uint8), torch.arange(count) % 4)
+
+
+def smooth_loader(kind: type[ResidentLoader], augmentation: Augmentation, seed: int = 0):
+    mean, deviation = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    return kind(smooth_split(22, 32), mean, deviation, 5, augmentation, True, seed)
+
+
+@pytest.mark.parametrize("augmentation", STRONGER.values(), ids=STRONGER.keys())
+def test_stronger_augmentations_are_the_same_in_both_loaders_and_at_any_batch(
+    augmentation: Augmentation,
+) -> None:
+    resident, streaming = (smooth_loader(kind, augmentation, seed=4) for kind in LOADERS)
+    for epoch in range(2):
+        images, labels = gathered(resident, epoch)
+        for loader, start in ((streaming, 0), (streaming, 2), (resident, 2)):
+            others, other_labels = gathered(loader, epoch, start)
+            torch.testing.assert_close(others, images[5 * start :], atol=1e-5, rtol=0)
+            torch.testing.assert_close(other_labels, labels[5 * start :])
+    assert not torch.equal(gathered(resident, 0)[0], gathered(resident, 1)[0])
+    plain = smooth_loader(ResidentLoader, Augmentation(), seed=4)
+    assert not torch.equal(gathered(resident, 0)[0], gathered(plain, 0)[0])
+
+
+def test_jitter_is_torchvisions_brightness_then_contrast_then_saturation() -> None:
+    from torchvision.transforms.v2 import functional as transforms
+
+    images = smooth_split(6, 16).images
+    changes = torch.tensor(
+        [[0.0, 0, 0], [0.3, 0, 0], [0, -0.4, 0], [0, 0, 0.5], [-0.2, 0.3, -0.6], [0.9, 0.9, 0.9]]
+    )
+    changed = data.jitter(images, changes)
+    assert changed.dtype == torch.uint8 and torch.equal(changed[0], images[0])
+    for image, found, change in zip(images, changed, (1 + changes).tolist(), strict=True):
+        expected = transforms.adjust_brightness(image.float() / 255, change[0])
+        expected = transforms.adjust_contrast(expected, change[1])
+        expected = transforms.adjust_saturation(expected, change[2])
+        torch.testing.assert_close(found.float(), 255 * expected, atol=1.0, rtol=0)
+
+
+def test_trivial_augment_is_decided_by_each_images_seed() -> None:
+    images = smooth_split(12, 16).images
+    seeds = torch.arange(12)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    changed = data.trivial_augment(images, seeds)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert changed.dtype == torch.uint8 and changed.shape == images.shape
+    assert torch.equal(data.trivial_augment(images[3:7], seeds[3:7]), changed[3:7])
+    assert not torch.equal(data.trivial_augment(images, seeds + 100), changed)
+    same = [torch.equal(a, b) for a, b in zip(images, changed, strict=True)]
+    assert sum(same) < 8  # one of its operations leaves the image as it is
+
+
+def test_mixup_blends_images_and_labels_in_the_same_shares() -> None:
+    mixed = smooth_loader(ResidentLoader, Augmentation(mixup=0.4), seed=2)
+    plain = smooth_loader(ResidentLoader, Augmentation(), seed=2)
+    choices = epoch_choices(22, mixed.augmentation, 32, True, 2, 1)
+    shares = choices.shares[: len(mixed)]
+    assert ((shares >= 0) & (shares <= 1)).all() and shares.std() > 0
+    for share, (image, label), (before, classes) in zip(
+        shares, mixed.batches(1), plain.batches(1), strict=True
+    ):
+        torch.testing.assert_close(image, share * before + (1 - share) * before.flip(0))
+        torch.testing.assert_close(label.sum(1), torch.ones(5))
+        hot = torch.nn.functional.one_hot(classes, 4).float()
+        torch.testing.assert_close(label, share * hot + (1 - share) * hot.flip(0))
+
+
+def test_shares_of_a_mixture_follow_the_beta_distribution() -> None:
+    shares = epoch_choices(20_000, Augmentation(mixup=0.4), 32, True, 0, 0).shares.double()
+    assert abs(shares.mean() - 0.5) < 0.01
+    assert abs(shares.var() - 1 / (4 * (2 * 0.4 + 1))) < 0.005  # variance of Beta(a, a)
+
+
+@pytest.mark.parametrize(
+    "options", [{"colour_jitter": 1.0}, {"colour_jitter": -0.1}, {"mixup": -1}, {"mixup": 11}]
+)
+def test_stronger_augmentation_out_of_range_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="expected 0 to below 1 and 0 to 10"):
+        Augmentation(**options)
+
+
 # --- Choosing the loader -----------------------------------------------------------------------
 
 

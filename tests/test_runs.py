@@ -25,6 +25,7 @@ from helpers.config import PROFILES, Study
 from helpers.data import NO_AUGMENTATION, Augmentation
 from helpers.evaluation import metrics, predict
 from helpers.runs import Run, RunError, load_or_train, load_result, run_from_dict, stored_runs
+from helpers.starts import Transfer
 from helpers.training import RECIPES, Progress, Recipe, TrainingDiverged
 
 RECIPE = Recipe("test", "sgd", 0.05, "triangular", batch_size=16, epochs=2)
@@ -101,6 +102,7 @@ OTHER = {
     "residual": False,
     "dropout": 0.25,
     "patience": 5,
+    "start": Transfer(Run("shapes", "0" * 16, "simple_cnn", RECIPE, epochs=2, seed=0, width=0.25)),
 }
 OTHER_RECIPE = {
     "name": "other",
@@ -150,7 +152,17 @@ def test_each_field_of_the_recipe_changes_the_key(run: Run, name: str) -> None:
     assert other.key.rsplit("-", 1)[1] != run.key.rsplit("-", 1)[1]
 
 
-@pytest.mark.parametrize("change", [{"flip": True}, {"crop_padding": 1}, {"cutout": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flip": True},
+        {"crop_padding": 1},
+        {"cutout": 1},
+        {"colour_jitter": 0.1},
+        {"trivial_augment": True},
+        {"mixup": 0.2},
+    ],
+)
 def test_each_field_of_the_augmentation_changes_the_key(run: Run, change: dict) -> None:
     other = replace(run, recipe=replace(RECIPE, augmentation=replace(NO_AUGMENTATION, **change)))
     assert other.key != run.key
@@ -191,6 +203,7 @@ BAD_SETTINGS = [
     ("dropout", -0.1),
     ("patience", 0),
     ("patience", 1.5),
+    ("start", "imagenet"),
 ]
 
 
