@@ -131,7 +131,7 @@ def percent(share: float, sign: str = "") -> str:
     Halves are rounded up in size, as in the report: with 1,000 test images and two seeds every
     second accuracy ends in a half, and format() would round it now up, now down.
     """
-    rounded = Decimal(repr(round(100 * share, 9))).quantize(Decimal("0.1"), ROUND_HALF_UP)
+    rounded = Decimal(repr(round(100 * float(share), 9))).quantize(Decimal("0.1"), ROUND_HALF_UP)
     return f"{rounded:{sign}}"
 
 

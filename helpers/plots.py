@@ -336,6 +336,80 @@ def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str
     return figure
 
 
+# --- Training recipes --------------------------------------------------------------------------
+
+
+def schedules(rates: Mapping[str, Sequence[float]]) -> Figure:
+    """Show learning rates by step, as shares of the peak: a panel a recipe."""
+    figure, panels = _panels(len(rates), len(rates), 2.3, 2.1)
+    for axes, (name, values) in zip(panels, rates.items(), strict=True):
+        axes.plot(np.linspace(0, 1, len(values)), values, color=PALETTE[0], lw=2)
+        axes.set(title=name, xlabel="share of the steps", ylim=(-0.05, 1.1))
+    panels[0].set_ylabel("learning rate / peak")
+    return figure
+
+
+def learning_rate_range(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], marks: Mapping[str, float]
+) -> Figure:
+    """Show training loss against a growing learning rate, one line a seed; `marks` names rates."""
+    figure, axes = plt.subplots(figsize=(6.5, 3.0), layout="constrained")
+    for colour, (name, (rates, losses)) in zip(PALETTE, curves.items(), strict=False):
+        axes.plot(rates, losses, color=colour, label=name)
+    for style, (name, rate) in zip(("--", ":", "-."), marks.items(), strict=False):
+        axes.axvline(rate, color="0.3", ls=style, lw=1.4, label=name)
+    highest = max(losses[0] for _, losses in curves.values())
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats, smoothed)")
+    axes.set_ylim(top=1.5 * highest)
+    axes.set_title("Range test")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def grid(values: pd.DataFrame, columns: str, rows: str, title: str) -> Figure:
+    """Show a table of shares as a heatmap in per cent, the largest one framed."""
+    figure, axes = plt.subplots(
+        figsize=(1.0 * values.shape[1] + 2.2, 0.55 * values.shape[0] + 1.3), layout="constrained"
+    )
+    written = values.map(evaluation.percent)
+    sns.heatmap(
+        100 * values,
+        ax=axes,
+        cmap="mako",
+        annot=written,
+        fmt="",
+        cbar_kws={"label": "%"},
+        linewidths=0.5,
+    )
+    row, column = np.unravel_index(int(values.to_numpy().argmax()), values.shape)
+    frame = plt.Rectangle((column, row), 1, 1, fill=False, edgecolor=PALETTE[1], lw=3)
+    axes.add_patch(frame)
+    axes.set(title=title, xlabel=columns, ylabel=rows)
+    axes.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def accuracy_against_seconds(panels: Mapping[str, Mapping[str, tuple[float, Interval]]]) -> Figure:
+    """Show test accuracy against training seconds, one panel a group, one marker a variant."""
+    figure, axes_of = _panels(len(panels), 2, 4.6, 3.4)
+    for axes, (title, points) in zip(axes_of, panels.items(), strict=True):
+        for style, (name, (seconds, v)) in enumerate(points.items()):
+            axes.errorbar(
+                seconds,
+                100 * v.mean,
+                yerr=[[100 * (v.mean - v.low)], [100 * (v.high - v.mean)]],
+                fmt="osD^vP<>"[style % 8],
+                color=PALETTE[style % len(PALETTE)],
+                capsize=3,
+                label=name,
+            )
+        axes.set(title=title, xlabel="training time (s)")
+        axes.set_xlim(left=0)
+        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    axes_of[0].set_ylabel("test accuracy (%), 95 % interval")
+    return figure
+
+
 # --- Grad-CAM ----------------------------------------------------------------------------------
 
 
