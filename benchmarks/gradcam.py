@@ -48,7 +48,7 @@ def contender(name: str, model: nn.Module, layers: list[str], task: str) -> Cont
         return torch.no_grad()(model)
     if name == OURS:
         target = "all" if task == "all" else 0
-        return lambda images: cam(model, images, target, modules)
+        return lambda images: cam(model, images, target, layers)
     if name == "grad-cam":
         from pytorch_grad_cam import GradCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget

@@ -25,9 +25,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -39,6 +40,9 @@ from torch.overrides import TorchFunctionMode
 
 Target = int | Sequence[int] | Tensor | str | Callable[[Tensor], Tensor] | None
 Layer = str | nn.Module
+
+# More images than this are explained in parts, so that memory stays bounded.
+IMAGES_AT_ONCE = 128
 
 # Score-CAM and Ablation-CAM run the network once a channel, this many at a time.
 CHANNELS_AT_ONCE = 64
@@ -254,6 +258,12 @@ def cam(
     model = _unwrap(model)
     names = _layer_names(model, layers)
     images = _check_images(model, images)
+    if len(images) > IMAGES_AT_ONCE:
+        targets = _split_target(target, len(images))
+        parts = zip(images.split(IMAGES_AT_ONCE), targets, strict=False)
+        options = {"size": size, "normalise": normalise}
+        results = [cam(model, x, t, layers, method, **options) for x, t in parts]
+        return _join(results, all_classes=isinstance(target, str))
     rule, uses = METHODS[method].rule, METHODS[method].uses
 
     with undisturbed(model) as model:
@@ -296,6 +306,34 @@ def cam(
         logits=output.detach(),
         targets=targets,
         all_zero=all_zero if several else all_zero[names[0]],
+    )
+
+
+def _split_target(target: Target, count: int) -> Iterable[Target]:
+    """The target of each part of a batch of `count` images."""
+    if target is None or callable(target) or isinstance(target, str):
+        return itertools.repeat(target)
+    classes = torch.as_tensor(target)
+    if classes.ndim == 0:
+        return itertools.repeat(target)
+    _check_target_count(classes, count)
+    return classes.split(IMAGES_AT_ONCE)
+
+
+def _join(parts: list[CamResult], all_classes: bool) -> CamResult:
+    def join(tensors: list) -> Tensor | dict[str, Tensor]:
+        if isinstance(tensors[0], dict):
+            return {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
+        return torch.cat(tensors)
+
+    targets = parts[0].targets
+    if targets is not None and not all_classes:
+        targets = torch.cat([part.targets for part in parts])
+    return CamResult(
+        maps=join([part.maps for part in parts]),
+        logits=torch.cat([part.logits for part in parts]),
+        targets=targets,
+        all_zero=join([part.all_zero for part in parts]),
     )
 
 
@@ -538,13 +576,18 @@ def _layer_names(model: nn.Module, layers: Layer | Sequence[Layer] | None) -> li
         layers = [layers]
     if not len(layers):
         raise ValueError("layers is empty; pass at least one layer, or None for the default.")
-    modules = dict(model.named_modules(remove_duplicate=False))
     names = []
     for layer in layers:
+        name: str | None
         if isinstance(layer, str):
-            name = layer if layer in modules else None
+            name = layer
+            try:
+                model.get_submodule(layer)
+            except AttributeError:
+                name = None
         else:
-            name = next((name for name, module in modules.items() if module is layer), None)
+            modules = model.named_modules(remove_duplicate=False)
+            name = next((name for name, module in modules if module is layer), None)
         if name is None:
             shown = repr(layer) if isinstance(layer, str) else f"the {type(layer).__name__} given"
             raise ValueError(f"{shown} is no layer of this model. {_candidates(model)}")
@@ -632,16 +675,20 @@ def _resolve_target(
         if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
             raise TypeError(f"classes must be integers; got {chosen.dtype}.")
         chosen = chosen.long().expand(count) if chosen.ndim == 0 else chosen.long()
-        if chosen.shape != (count,):
-            raise ValueError(
-                f"got targets of shape {tuple(chosen.shape)} for {count} images; pass one class "
-                "for all or one for each."
-            )
+        _check_target_count(chosen, count)
         if chosen.min() < 0 or chosen.max() >= classes:
             raise ValueError(
                 f"targets must be classes 0 to {classes - 1}; got {chosen.min()} to {chosen.max()}."
             )
     return chosen, lambda rows, index: rows.gather(1, chosen[index, None])
+
+
+def _check_target_count(classes: Tensor, count: int) -> None:
+    if classes.shape != (count,):
+        raise ValueError(
+            f"got targets of shape {tuple(classes.shape)} for {count} images; pass one class for "
+            "all or one for each."
+        )
 
 
 def _wide(tensor: Tensor) -> Tensor:

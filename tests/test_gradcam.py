@@ -360,6 +360,38 @@ def test_single_and_all_targets_layers_and_batches_agree():
             torch.testing.assert_close(alone.maps[0], single.maps[index], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "target",
+    [None, 2, [k % 3 for k in range(11)], torch.arange(11) % 3, "all", lambda z: z[:, 1] - z[:, 0]],
+    ids=["predicted", "class", "list", "tensor", "all", "function"],
+)
+@pytest.mark.parametrize("layers", [None, ["layer2", "layer3"]], ids=["one layer", "two layers"])
+def test_large_batches_in_parts_give_the_same(monkeypatch, target, layers):
+    model, images = SmallNet(), draw(11, 3, 16, 16)
+    whole = cam(model, images, target, layers, normalise=False)
+    monkeypatch.setattr(gradcam, "IMAGES_AT_ONCE", 4)
+    sizes = []
+    handle = model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    parts = cam(model, images, target, layers, normalise=False)
+    handle.remove()
+    assert sizes == [4, 4, 3]
+    assert (whole.targets is None) == (parts.targets is None)
+    if whole.targets is not None:
+        assert torch.equal(parts.targets, whole.targets)
+    torch.testing.assert_close(parts.logits, whole.logits)
+    for name in layers or [None]:
+        a, b = (r.maps if name is None else r.maps[name] for r in (parts, whole))
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        a, b = (r.all_zero if name is None else r.all_zero[name] for r in (parts, whole))
+        assert torch.equal(a, b)
+
+
+def test_too_few_targets_for_a_large_batch(monkeypatch):
+    monkeypatch.setattr(gradcam, "IMAGES_AT_ONCE", 4)
+    with pytest.raises(ValueError, match=r"targets of shape \(8,\) for 11 images"):
+        cam(SmallNet(), draw(11, 3, 16, 16), [0] * 8)
+
+
 def test_target_kinds_mean_the_same():
     model = SmallNet()
     predicted = model(IMAGES).argmax(1)
