@@ -1,4 +1,4 @@
-# make study   install, run notebooks 01 to 05, build the report       (PROFILE=, DATASET=, NOTEBOOKS=)
+# make study   install, run the notebooks, build the report            (PROFILE=, DATASET=, NOTEBOOKS=)
 # make test    install, lint, all tests and all notebooks under nbval
 # make help    the rest
 
