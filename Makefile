@@ -38,7 +38,7 @@ $(INSTALLED_PEERS): $(INSTALLED) requirements-peers.txt
 
 study: $(INSTALLED)
 	$(BIN)/python -m helpers.notebooks $(NOTEBOOKS)
-	$(BIN)/python report/build.py
+	$(if $(NOTEBOOKS),@echo "The report needs the results of all notebooks; then: make report",$(BIN)/python report/build.py)
 
 test: $(INSTALLED_PEERS)
 	$(BIN)/ruff check .
