@@ -80,27 +80,32 @@ def iou(maps: Tensor, masks: Tensor, level: float = 0.5) -> Scores:
 
 @dataclass(frozen=True, eq=False)
 class Mosaics:
-    """Grids of images of different classes: M x 3 x gH x gW, cell by cell in reading order.
+    """Grids of images of different classes, cell by cell in reading order.
 
-    labels: int64 (M, g * g), the class of each cell; sources: which image each cell shows.
+    images: M x 3 x rows * H x columns * W; labels: int64 (M, rows * columns), the class of each
+    cell; sources: which image each cell shows; grid: rows and columns.
     """
 
     images: Tensor
     labels: Tensor
     sources: Tensor
+    grid: tuple[int, int]
 
 
-def mosaics(images: Tensor, labels: Tensor, *, grid: int = 2, count: int, seed: int = 0) -> Mosaics:
-    """Draw `count` mosaics of grid x grid images, no class twice (Böhle et al., CVPR 2021).
+def mosaics(
+    images: Tensor, labels: Tensor, *, grid: tuple[int, int] = (2, 2), count: int, seed: int = 0
+) -> Mosaics:
+    """Draw `count` mosaics of rows x columns images, no class twice (Böhle et al., CVPR 2021).
 
     Pass images that the network classifies correctly. Raises ValueError for too few classes.
     """
     labels = torch.as_tensor(labels)
     classes = labels.unique()
-    cells = grid * grid
+    rows, columns = grid
+    cells = rows * columns
     if len(labels) != len(images) or len(classes) < cells:
         raise ValueError(
-            f"a {grid} x {grid} mosaic needs {cells} classes and a label for each image; got "
+            f"a {rows} x {columns} mosaic needs {cells} classes and a label for each image; got "
             f"{len(classes)} classes, {len(images)} images and {len(labels)} labels."
         )
     generator = np.random.default_rng(seed)
@@ -111,26 +116,28 @@ def mosaics(images: Tensor, labels: Tensor, *, grid: int = 2, count: int, seed: 
         row[:] = [generator.choice(members[int(k)]) for k in chosen]
     sources = torch.from_numpy(sources)
     channels, height, width = images.shape[1:]
-    tiles = images[sources.to(images.device)].view(count, grid, grid, channels, height, width)
+    tiles = images[sources.to(images.device)].view(count, rows, columns, channels, height, width)
     tiles = tiles.permute(0, 3, 1, 4, 2, 5)
-    whole = tiles.reshape(count, channels, grid * height, grid * width)
-    return Mosaics(whole, labels[sources.to(labels.device)], sources)
+    whole = tiles.reshape(count, channels, rows * height, columns * width)
+    return Mosaics(whole, labels[sources.to(labels.device)], sources, grid)
 
 
-def grid_pointing_game(maps: Tensor, grid: int) -> Scores:
+def grid_pointing_game(maps: Tensor, grid: tuple[int, int]) -> Scores:
     """Share of each map's sum that lies in its own cell, averaged over a mosaic's cells.
 
-    maps: M x g * g x H x W, the map for the class of each cell in reading order; chance is
-    1 / g^2 (Böhle et al., CVPR 2021). One value for each mosaic; all-zero maps are left out.
+    maps: M x rows * columns x H x W, the map for the class of each cell in reading order (Böhle et
+    al., CVPR 2021). Chance is 1 / (rows * columns), and a map that is the same for every class
+    gets exactly that. One value for each mosaic; all-zero maps are left out.
     """
+    rows, columns = grid
     count, cells, height, width = maps.shape
-    if cells != grid * grid or height % grid or width % grid:
+    if cells != rows * columns or height % rows or width % columns:
         raise ValueError(
-            f"expected M x {grid * grid} x H x W maps, H and W multiples of {grid}; got "
-            f"{tuple(maps.shape)}."
+            f"expected M x {rows * columns} x H x W maps, H a multiple of {rows} and W of "
+            f"{columns}; got {tuple(maps.shape)}."
         )
     maps = _check(maps.flatten(0, 1))[0].view(maps.shape)
-    sums = maps.view(count, cells, grid, height // grid, grid, width // grid).sum((3, 5))
+    sums = maps.view(count, cells, rows, height // rows, columns, width // columns).sum((3, 5))
     own = sums.flatten(2).diagonal(dim1=1, dim2=2)
     total = sums.sum((2, 3))
     share = torch.where(total > 0, own / total, torch.nan)
@@ -420,7 +427,7 @@ def control_maps(
 
 def compare(
     maps: Mapping[str, Tensor],
-    metrics: Mapping[str, Callable[[Tensor], Scores]],
+    measure: Callable[[Tensor], Mapping[str, Scores]],
     images: Tensor,
     *,
     seed: int = 0,
@@ -428,23 +435,25 @@ def compare(
 ) -> pd.DataFrame:
     """The table of metrics for each method's maps and for the controls.
 
-    `metrics` maps a name to a function of maps, such as `lambda m: energy_in_mask(m, masks)`. One
-    row for each method and metric: method, control, metric, mean, low, high, n, all_zero,
-    empty_mask; mean and bounds are NaN where nothing could be scored. Raises ValueError for a
-    method named like a control.
+    `measure` takes maps and returns scores by the metric's name, such as
+    `lambda m: {"energy": energy_in_mask(m, masks)}`. One row for each method and metric: method,
+    control, metric, mean, low, high, n, all_zero, empty_mask, scores; mean and bounds are NaN
+    where nothing could be scored. The `scores` are those of single images: two methods are
+    compared in pairs by `Scores(a.values - b.values).interval()`. Raises ValueError for a method
+    named like a control.
     """
     controls = control_maps(images, seed=seed, layer_size=layer_size)
     if clash := set(controls) & set(maps):
         raise ValueError(f"methods named like controls: {', '.join(sorted(clash))}; rename them.")
     rows = []
     for method, tensor in {**maps, **controls}.items():
-        for metric, function in metrics.items():
-            scores = function(tensor)
+        for metric, scores in measure(tensor).items():
             scored = bool(np.isfinite(scores.values).any())
             interval = scores.interval(seed=seed) if scored else Interval(*[np.nan] * 3, 0)
             row = {"method": method, "control": method in controls, "metric": metric}
             row |= {key: getattr(interval, key) for key in ("mean", "low", "high", "n")}
-            rows.append(row | {"all_zero": scores.all_zero, "empty_mask": scores.empty_mask})
+            row |= {"all_zero": scores.all_zero, "empty_mask": scores.empty_mask}
+            rows.append(row | {"scores": scores})
     return pd.DataFrame(rows)
 
 

@@ -407,6 +407,45 @@ def accuracy_against_seconds(panels: Mapping[str, Mapping[str, tuple[float, Inte
         axes.set_xlim(left=0)
         axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     axes_of[0].set_ylabel("test accuracy (%), 95 % interval")
+
+
+# --- Maps measured -----------------------------------------------------------------------------
+
+
+def method_panels(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
+    """Show each method's and control's mean with its interval, a panel a metric, a colour a layer.
+
+    `table` is that of `cam_metrics.compare` with a column `layer`; `titles` maps the metrics shown
+    to their panels' titles. Controls stand below the line, in grey.
+    """
+    names = table[["method", "control"]].drop_duplicates()
+    layers = list(table.loc[~table["control"], "layer"].unique())
+    width = max(2.3, 6 / len(titles))
+    figure, panels = _panels(len(titles), len(titles), width, 0.34 * len(names) + 1.2)
+    places = {name: y for y, name in enumerate(names["method"])}
+    for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+        for row in table[(table["metric"] == metric) & (table["n"] > 0)].itertuples():
+            at = layers.index(row.layer) if row.layer in layers else (len(layers) - 1) / 2
+            axes.errorbar(
+                row.mean,
+                places[row.method] + 0.5 * ((at + 0.5) / len(layers) - 0.5),
+                xerr=[[max(0, row.mean - row.low)], [max(0, row.high - row.mean)]],
+                fmt="s" if row.control else "o",
+                color="0.45" if row.control else PALETTE[layers.index(row.layer)],
+                markersize=4,
+                capsize=2,
+            )
+        axes.axhline(len(names) - names["control"].sum() - 0.5, color="0.6", lw=1)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), list(names["method"]) if axes is panels[0] else [])
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_title(title, fontsize=9)
+    if len(layers) > 1:
+        points = [plt.Line2D([], [], marker="o", ls="", color=c) for c in PALETTE[: len(layers)]]
+        points.append(plt.Line2D([], [], marker="s", ls="", color="0.45"))
+        figure.legend(points, [*layers, "control"], loc="outside upper center", ncols=len(points))
     return figure
 
 

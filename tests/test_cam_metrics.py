@@ -102,11 +102,12 @@ def test_empty_masks_and_zero_maps_are_counted_apart(metric):
 def test_mosaics_show_what_they_say():
     images = torch.arange(30.0).view(30, 1, 1, 1).expand(30, 3, 4, 6)
     labels = torch.arange(30) % 10
-    for grid in (2, 3):
+    for grid in ((2, 2), (3, 3), (1, 2)):
         made = metrics.mosaics(images, labels, grid=grid, count=50, seed=1)
-        assert made.images.shape == (50, 3, 4 * grid, 6 * grid)
+        assert made.grid == grid
+        assert made.images.shape == (50, 3, 4 * grid[0], 6 * grid[1])
         assert (made.labels == labels[made.sources]).all()
-        assert all(len(row.unique()) == grid * grid for row in made.labels)
+        assert all(len(row.unique()) == grid[0] * grid[1] for row in made.labels)
         corners = made.images[:, 0, ::4, ::6].flatten(1)
         assert torch.equal(corners.long(), made.sources)
         again = metrics.mosaics(images, labels, grid=grid, count=50, seed=1)
@@ -114,27 +115,33 @@ def test_mosaics_show_what_they_say():
         other = metrics.mosaics(images, labels, grid=grid, count=50, seed=2)
         assert not torch.equal(other.sources, made.sources)
     with pytest.raises(ValueError, match="needs 16 classes"):
-        metrics.mosaics(images, labels, grid=4, count=1)
+        metrics.mosaics(images, labels, grid=(4, 4), count=1)
 
 
-@pytest.mark.parametrize("grid", [2, 3])
+@pytest.mark.parametrize("grid", [(2, 2), (3, 3), (1, 2), (2, 3)])
 def test_grid_pointing_game_of_known_maps(grid):
-    cells, side = grid * grid, 6 * grid
-    perfect = torch.zeros(5, cells, side, side)
+    rows, columns = grid
+    cells = rows * columns
+    perfect = torch.zeros(5, cells, 6 * rows, 8 * columns)
     for cell in range(cells):
-        row, column = 6 * (cell // grid), 6 * (cell % grid)
-        perfect[:, cell, row : row + 6, column : column + 6] = 2
+        top, left = 6 * (cell // columns), 8 * (cell % columns)
+        perfect[:, cell, top : top + 6, left : left + 8] = 2
     game = metrics.grid_pointing_game
     assert (game(perfect, grid).values == 1).all()
     assert game(torch.ones_like(perfect), grid).values == pytest.approx(1 / cells)
     assert (game(2 - perfect, grid).values == 0).all()
-    noise = torch.rand(200, cells, side, side, generator=rng())
+    noise = torch.rand(200, cells, 6 * rows, 8 * columns, generator=rng())
     assert game(noise, grid).interval().mean == pytest.approx(1 / cells, abs=0.01)
+    assert game(noise, grid).values.std() > 0
+    blind = noise[:, :1].expand(-1, cells, -1, -1)
+    assert game(blind, grid).values == pytest.approx(1 / cells)
     perfect[0, 1:] = 0
     perfect[1] = 0
     scores = game(perfect, grid)
     assert scores.all_zero == 2 * cells - 1 and scores.values[0] == 1 and np.isnan(scores.values[1])
-    with pytest.raises(ValueError, match="multiples"):
+    with pytest.raises(ValueError, match="multiple"):
+        game(perfect[..., :-1], grid)
+    with pytest.raises(ValueError, match="multiple"):
         game(perfect[:, :-1], grid)
 
 
@@ -144,10 +151,10 @@ def test_grid_pointing_game_of_a_network_that_sees_one_class_a_cell():
     detector = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with torch.no_grad():
         detector[0].weight.copy_(torch.eye(4)[:, :, None, None])
-    made = metrics.mosaics(images, torch.arange(40) % 4, grid=2, count=10)
+    made = metrics.mosaics(images, torch.arange(40) % 4, grid=(2, 2), count=10)
     maps = cam(detector, made.images, "all", "0").maps
     maps = maps[torch.arange(10)[:, None], made.labels]
-    assert metrics.grid_pointing_game(maps, 2).interval().mean == 1
+    assert metrics.grid_pointing_game(maps, (2, 2)).interval().mean == 1
 
 
 # --------------------------------------------------------------------------- faithful
@@ -403,9 +410,9 @@ def test_the_table_always_holds_the_controls():
     maps = {"perfect": PERFECT, "nothing": PERFECT * 0}
     table = metrics.compare(
         maps,
-        {
-            "pointing": lambda m: metrics.pointing_game(m, MASKS),
-            "energy": lambda m: metrics.energy_in_mask(m, MASKS),
+        lambda m: {
+            "pointing": metrics.pointing_game(m, MASKS),
+            "energy": metrics.energy_in_mask(m, MASKS),
         },
         ONES,
     )
@@ -419,8 +426,10 @@ def test_the_table_always_holds_the_controls():
     assert uniform["mean"] == pytest.approx(AREA)
     random = rows.loc["random", "pointing"]
     assert random["low"] < random["mean"] < random["high"] < 0.35
+    gain = metrics.Scores(perfect["scores"].values - rows.loc["uniform", "energy"]["scores"].values)
+    assert gain.interval().mean == pytest.approx(1 - AREA) and gain.interval().n == 400
     with pytest.raises(ValueError, match="named like controls: random"):
-        metrics.compare({"random": RANDOM}, {}, ONES)
+        metrics.compare({"random": RANDOM}, dict, ONES)
 
 
 @pytest.mark.parametrize(
