@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 from torch import Tensor
 
 from helpers import evaluation
@@ -446,6 +446,95 @@ def method_panels(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
         points = [plt.Line2D([], [], marker="o", ls="", color=c) for c in PALETTE[: len(layers)]]
         points.append(plt.Line2D([], [], marker="s", ls="", color="0.45"))
         figure.legend(points, [*layers, "control"], loc="outside upper center", ncols=len(points))
+    return figure
+
+
+# --- Dataset size ------------------------------------------------------------------------------
+
+
+def curves_by_size(
+    panels: Mapping[str, Mapping[str, Mapping[int, Interval]]],
+    labels: Sequence[str],
+    *,
+    line: float,
+    first_colour: int = 0,
+) -> Figure:
+    """Show intervals (as percentages) against the number of training images, on a log scale.
+
+    `panels[title][network][size]`, two panels a row; `labels` are the rows' y labels. `line` is a
+    share drawn through (chance, or 0 for differences). The first network has the colour number
+    `first_colour`, so that it keeps its colour where others are left out.
+    """
+    figure, axes_list = _panels(len(panels), 2, 4.4, 2.7)
+    for axes, (title, networks) in zip(axes_list, panels.items(), strict=True):
+        for i, (network, by_size) in enumerate(networks.items()):
+            style = first_colour + i
+            sizes = np.array(list(by_size))
+            mean = 100 * np.array([v.mean for v in by_size.values()])
+            low = 100 * np.array([v.low for v in by_size.values()])
+            high = 100 * np.array([v.high for v in by_size.values()])
+            axes.errorbar(
+                sizes * 1.04 ** (i - (len(networks) - 1) / 2),  # side by side, not on each other
+                mean,
+                yerr=[mean - low, high - mean],
+                fmt="osD^"[style] + "-",
+                color=PALETTE[style],
+                markersize=4,
+                linewidth=1.2,
+                elinewidth=1,
+                capsize=2,
+                label=network,
+            )
+        axes.axhline(100 * line, color="0.5", lw=1, ls="--", zorder=0)
+        axes.set(xscale="log", title=title)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
+    for row, label in enumerate(labels):
+        pair = axes_list[2 * row : 2 * row + 2]
+        _share_y(pair)
+        pair[0].set_ylabel(label)
+    for axes in axes_list[-2:]:
+        axes.set_xlabel("training images")
+    handles, names = axes_list[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
+    return figure
+
+
+def beside_published(
+    panels: Mapping[str, Mapping[str, Interval]], published: Mapping[str, float]
+) -> Figure:
+    """Show a panel of measured shares for each quantity, in the last beside published ones.
+
+    `panels[title][network]`; whiskers are 95 % intervals.
+    """
+    figure, axes_list = _panels(len(panels), len(panels), 3.6, 2.6)
+    for axes, (title, values) in zip(axes_list, panels.items(), strict=True):
+        mean = 100 * np.array([v.mean for v in values.values()])
+        low = 100 * np.array([v.low for v in values.values()])
+        high = 100 * np.array([v.high for v in values.values()])
+        axes.errorbar(
+            np.arange(len(values)) - 0.08,
+            mean,
+            yerr=[mean - low, high - mean],
+            fmt="o",
+            color=PALETTE[0],
+            capsize=3,
+            label="measured here",
+        )
+        axes.set_xticks(range(len(values)), list(values))
+        axes.set_xlim(-0.5, len(values) - 0.5)
+        axes.set_ylim(0, 105)
+        axes.set_title(title)
+    axes_list[-1].plot(
+        np.arange(len(published)) + 0.08,
+        [100 * share for share in published.values()],
+        "D",
+        color="0.35",
+        markerfacecolor="white",
+        label="published, on other images",
+    )
+    axes_list[0].set_ylabel("%")
+    axes_list[-1].legend(fontsize=8, loc="lower left")
     return figure
 
 
