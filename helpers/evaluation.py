@@ -1,4 +1,4 @@
-"""What a trained network is worth: predictions, metrics with intervals, calibration and cost.
+"""What a trained network is worth: metrics with intervals, calibration, robustness and cost.
 
 Everything here takes logits and labels (or a network to time) and knows nothing of runs.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix as sklearn_confusion
@@ -20,6 +21,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from helpers.data import Split, normalise
 
 
@@ -96,16 +98,93 @@ def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
     return sklearn_confusion(labels.numpy(), logits.argmax(1).numpy(), labels=classes)
 
 
-def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Return the mean gap between confidence and accuracy over equal-width confidence bins.
+# --- Calibration -------------------------------------------------------------------------------
 
-    Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), equation 3.
+# A temperature outside these bounds says that the logits tell nothing, or that all were right.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
+
+
+def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> pd.DataFrame:
+    """Return how sure and how right a network is in each of `bins` equal bins of confidence.
+
+    `logits` is N x K, `labels` N. Confidence is the probability of the predicted class. Columns:
+    mean confidence, accuracy (both NaN in an empty bin) and the number of images. Guo et al.,
+    "On Calibration of Modern Neural Networks" (ICML 2017), section 2.
     """
     confidence, predicted = logits.double().softmax(1).max(1)
     correct = (predicted == labels).double()
     index = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct - confidence)
-    return float(gap.abs().sum() / len(labels))
+    images = torch.bincount(index, minlength=bins)
+    sums = {"confidence": confidence, "accuracy": correct}
+    columns = {
+        name: torch.bincount(index, values, minlength=bins) / images
+        for name, values in sums.items()
+    }
+    return pd.DataFrame({name: c.numpy() for name, c in (columns | {"images": images}).items()})
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Return the mean gap between confidence and accuracy over equal-width confidence bins.
+
+    Guo et al. (2017), equation 3.
+    """
+    table = reliability(logits, labels, bins)
+    gap = (table["accuracy"] - table["confidence"]).abs()
+    return float((table["images"] * gap).sum() / len(labels))
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the temperature T for which softmax(logits / T) fits the labels best.
+
+    `logits` (N x K) and `labels` (N) are those of the validation split. T minimises their
+    cross-entropy, which is convex in 1/T, so that halving the interval around the zero of its
+    slope finds it. Guo et al. (2017), section 4.2. T stays within 0.05 and 20.
+
+    Raises ValueError without logits, or if one isn't finite.
+    """
+    logits = logits.double()
+    if len(logits) == 0 or not logits.isfinite().all():
+        raise ValueError(
+            f"expected finite logits of validation images, found shape {tuple(logits.shape)}"
+        )
+    true = logits.gather(1, labels[:, None])[:, 0]
+    low, high = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
+    for _ in range(60):
+        inverse = (low * high) ** 0.5
+        slope = ((inverse * logits).softmax(1) * logits).sum(1) - true
+        low, high = (low, inverse) if slope.mean() > 0 else (inverse, high)
+    return 1 / (low * high) ** 0.5
+
+
+# --- Robustness --------------------------------------------------------------------------------
+
+
+def robustness(
+    model: nn.Module,
+    split: Split,
+    mean: Tensor,
+    deviation: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> np.ndarray:
+    """Return whether each image of a split is classified rightly under each common corruption.
+
+    The array of 0 and 1 is corruptions x 6 x images: corruptions in the order of
+    `corruptions.CORRUPTIONS`, then severity 1 to 5 after 0, the image as it is. Hendrycks and
+    Dietterich (2019). `mean`, `deviation` and `dtype` are those of `predict`.
+    """
+
+    def correct(images: Tensor) -> np.ndarray:
+        logits = predict(model, Split(images, split.labels), mean, deviation, dtype=dtype)
+        return (logits.argmax(1) == split.labels).double().numpy()
+
+    clean = correct(split.images)
+    return np.stack(
+        [
+            np.stack([clean, *(correct(corrupt(split.images, name, s)) for s in SEVERITIES)])
+            for name in CORRUPTIONS
+        ]
+    )
 
 
 # --- Intervals ---------------------------------------------------------------------------------

@@ -142,10 +142,12 @@ def timings(times: Mapping[str, Timing], unit: str, scale: float, title: str) ->
 # --- Architectures -----------------------------------------------------------------------------
 
 
-def gradient_norms(norms: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+def gradient_norms(
+    norms: Mapping[str, Mapping[int, Sequence[float]]], shared_from: int = 1
+) -> Figure:
     """Show gradient norms by relative depth: a panel a kind of network, a line a depth.
 
-    All panels but the first share their scale.
+    The panels from number `shared_from` on share their scale.
     `norms[kind][depth]` lists the norms from the first convolution to the last.
     """
     figure, panels = _panels(len(norms), len(norms), 3.2, 3.0)
@@ -155,7 +157,8 @@ def gradient_norms(norms: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure
             position = np.linspace(0, 1, len(values))
             axes.plot(position, values, color=colour, label=str(depth), linewidth=1.6)
         axes.set(yscale="log", xlabel="position (0 input, 1 output)", title=kind)
-    _share_y(panels[1:])  # the first kind's norms can be smaller by forty powers of ten
+    # Without batch norm, the first kind in 02, norms can be smaller by forty powers of ten.
+    _share_y(panels[shared_from:])
     panels[0].set_ylabel("norm of the loss's gradient\nfor a convolution's weights")
     panels[-1].legend(title="layers", fontsize=8)
     return figure
@@ -535,6 +538,124 @@ def beside_published(
     )
     axes_list[0].set_ylabel("%")
     axes_list[-1].legend(fontsize=8, loc="lower left")
+    return figure
+
+
+# --- Calibration, robustness and degradation ---------------------------------------------------
+
+
+def reliability_diagrams(tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> Figure:
+    """Show accuracy against confidence: a panel a network, a line for each of its tables.
+
+    `tables[network][name]` comes from `evaluation.reliability`. The larger a point, the more
+    images have that confidence; on the dashed diagonal a network is as right as it is sure.
+    """
+    figure, panels = _panels(len(tables), len(tables), 3.7, 3.4)
+    for axes, (network, by_name) in zip(panels, tables.items(), strict=True):
+        axes.plot([0, 1], [0, 1], color="0.5", lw=1, ls="--", zorder=0)
+        for style, (name, table) in enumerate(by_name.items()):
+            filled = table[table["images"] > 0]
+            colour = PALETTE[style]
+            axes.plot(filled["confidence"], filled["accuracy"], color=colour, lw=1, label=name)
+            share = filled["images"] / filled["images"].sum()
+            axes.scatter(
+                filled["confidence"],
+                filled["accuracy"],
+                s=8 + 500 * share,
+                color=colour,
+                marker="os"[style % 2],
+                alpha=0.6,
+            )
+        axes.set(title=network, xlabel="confidence", xlim=(0, 1.03), ylim=(-0.03, 1.03))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1))
+    panels[0].set_ylabel("accuracy")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def corruption_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]]) -> Figure:
+    """Show accuracy against severity with 95 % intervals: a panel a corruption, a line a network.
+
+    `curves[corruption][network]` lists the intervals from severity 0, the image as it is.
+    """
+    figure, panels = _panels(len(curves), 2, 4.2, 2.6)
+    for axes, (corruption, by_network) in zip(panels, curves.items(), strict=True):
+        for i, (network, values) in enumerate(by_network.items()):
+            mean, low, high = (
+                100 * np.array([getattr(v, part) for v in values])
+                for part in ("mean", "low", "high")
+            )
+            # Side by side, so that the bars of several networks can be told apart.
+            severity = np.arange(len(values)) + 0.09 * (i - (len(by_network) - 1) / 2)
+            axes.errorbar(
+                severity,
+                mean,
+                yerr=[mean - low, high - mean],
+                color=PALETTE[i % len(PALETTE)],
+                fmt="-" + "osD^vP"[i % 6],
+                markersize=4,
+                lw=1.4,
+                elinewidth=0.8,
+                label=network,
+            )
+        axes.set_title(corruption)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _share_y(panels)
+    for axes in panels[-2:]:
+        axes.set_xlabel("severity (0: the image as it is)")
+    for axes in panels[::2]:
+        axes.set_ylabel("accuracy (%)")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), fontsize=9)
+    return figure
+
+
+def class_errors(errors: pd.DataFrame) -> Figure:
+    """Show the share of each class (rows of `errors`) that a network (columns) gets wrong.
+
+    Classes stand in the order of their mean error; of more than 20, the 20 worst are shown.
+    """
+    worst = errors.loc[errors.mean(axis=1).sort_values(ascending=False).index[:20]]
+    figure, axes = plt.subplots(figsize=(7, 0.27 * len(worst) + 1.2), layout="constrained")
+    for i, network in enumerate(worst):
+        marker = "osD^vP"[i % 6]
+        axes.scatter(
+            100 * worst[network],
+            range(len(worst)),
+            color=PALETTE[i % len(PALETTE)],
+            marker=marker,
+            alpha=0.85,
+            label=network,
+        )
+    axes.set_yticks(range(len(worst)), list(worst.index))
+    axes.set_ylim(len(worst) - 0.5, -0.5)
+    axes.set(xlabel="wrongly classified test images of the class (%)", title="Errors by class")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def degradation(histories: Mapping[str, Mapping[int, Sequence[pd.DataFrame]]]) -> Figure:
+    """Show training and validation error by epoch: a panel a kind of network, a colour a depth.
+
+    In the form of He et al. (2016), figure 6. `histories[kind][depth]` lists the histories of the
+    seeds: lines are their means, bands reach from the lowest to the highest.
+    """
+    figure, panels = _panels(len(histories), len(histories), 4.4, 3.2)
+    styles = {"train": {"lw": 1.2, "ls": "--"}, "validation": {"lw": 2.4}}
+    for axes, (kind, by_depth) in zip(panels, histories.items(), strict=True):
+        for colour, (depth, seeds) in zip(PALETTE, by_depth.items(), strict=False):
+            for part, style in styles.items():
+                errors = np.stack([100 * (1 - h[f"{part}_accuracy"]) for h in seeds])
+                epochs = np.arange(1, errors.shape[1] + 1)
+                label = f"{depth} layers, {part}"
+                axes.plot(epochs, errors.mean(axis=0), color=colour, label=label, **style)
+                axes.fill_between(epochs, errors.min(0), errors.max(0), color=colour, alpha=0.12)
+        axes.set(title=kind, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _share_y(panels)
+    panels[0].set_ylabel("error (%)")
+    panels[-1].legend(fontsize=8)
     return figure
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import evaluation
+from helpers.corruptions import CORRUPTIONS, corrupt
 from helpers.data import Split
 from helpers.evaluation import (
     Interval,
@@ -17,11 +18,14 @@ from helpers.evaluation import (
     confusion,
     epochs_to_accuracy,
     expected_calibration_error,
+    fit_temperature,
     gradient_norms,
     metrics,
     multiply_adds,
     percent,
     predict,
+    reliability,
+    robustness,
     seeds_interval,
     summarise,
 )
@@ -140,6 +144,61 @@ def test_calibration_error_vanishes_when_labels_follow_the_probabilities() -> No
     assert expected_calibration_error(3 * logits, labels) > 0.1
 
 
+def test_reliability_by_hand() -> None:
+    logits = logits_of([[p, 1 - p] for p in (0.9, 0.8, 0.6, 1.0)])
+    table = reliability(logits, torch.tensor([0, 1, 0, 0]), bins=4)
+    assert table["images"].tolist() == [0, 0, 1, 3]
+    np.testing.assert_allclose(table["confidence"], [math.nan, math.nan, 0.6, 0.9], atol=1e-6)
+    np.testing.assert_allclose(table["accuracy"], [math.nan, math.nan, 1, 2 / 3])
+
+
+@pytest.mark.parametrize(("right", "of"), [(6, 10), (9, 10), (99, 100)])
+@pytest.mark.parametrize("sharpness", [0.5, 2.0, 7.0])
+def test_temperature_in_closed_form(right: int, of: int, sharpness: float) -> None:
+    # Logits (a, 0) always predict class 0. The best fit is as sure as it is right:
+    # sigmoid(a / T) = right / of.
+    logits = torch.tensor([[sharpness, 0.0]]).expand(of, 2)
+    labels = (torch.arange(of) >= right).long()
+    found = fit_temperature(logits, labels)
+    assert found == pytest.approx(sharpness / math.log(right / (of - right)), rel=1e-9)
+    assert expected_calibration_error(logits / found, labels) == pytest.approx(0, abs=1e-6)
+
+
+def test_temperature_undoes_a_scaling_and_keeps_predictions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(40_000, 5, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.02)
+    assert fit_temperature(3 * logits, labels) == pytest.approx(3, abs=0.06)
+    assert fit_temperature(3 * logits + 7, labels) == pytest.approx(3, abs=0.06)
+    assert expected_calibration_error(3 * logits / 3, labels) < 0.01
+
+
+def test_temperature_is_the_minimum_of_the_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = 4 * torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(6, (200,), generator=generator)
+    labels[:120] = logits[:120].argmax(1)
+    found = fit_temperature(logits, labels)
+    losses = [
+        float(nn.functional.cross_entropy(logits / t, labels))
+        for t in (0.99 * found, found, 1.01 * found)
+    ]
+    assert losses[1] == min(losses)
+
+
+def test_temperature_stays_within_bounds() -> None:
+    logits = torch.eye(4)
+    assert fit_temperature(logits, torch.arange(4)) == pytest.approx(0.05)  # all right
+    assert fit_temperature(logits, torch.tensor([1, 2, 3, 0])) == pytest.approx(20)  # all wrong
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(0, 3), torch.tensor([[1.0, math.nan]])])
+def test_temperature_refuses_logits_it_cannot_fit(logits: Tensor) -> None:
+    with pytest.raises(ValueError, match="expected finite logits of validation images"):
+        fit_temperature(logits, torch.zeros(len(logits), dtype=torch.int64))
+
+
 # --- Predictions -------------------------------------------------------------------------------
 
 
@@ -204,6 +263,23 @@ def test_mode_puts_every_submodule_back(training: bool, fails: bool) -> None:
     except KeyboardInterrupt:
         assert fails
     assert [module.training for module in model.modules()] == before
+
+
+# --- Robustness --------------------------------------------------------------------------------
+
+
+def test_robustness_is_accuracy_on_corrupted_images(split: Split) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+    found = robustness(model, split, MEAN, DEVIATION)
+    assert found.shape == (len(CORRUPTIONS), 6, 23)
+    assert (found[:, 1] != found[:, 5]).sum() > 3  # severity makes a difference
+    for i, name in enumerate(CORRUPTIONS):
+        for severity in range(6):
+            images = corrupt(split.images, name, severity) if severity else split.images
+            logits = predict(model, Split(images, split.labels), MEAN, DEVIATION)
+            expected = (logits.argmax(1) == split.labels).double()
+            np.testing.assert_array_equal(found[i, severity], expected)
 
 
 # --- Intervals ---------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""Common corruptions of test images: noise, blur, low contrast and JPEG, in five severities.
+
+After Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
+Perturbations" (ICLR 2019), with the strengths of their CIFAR-10-C. Images are corrupted as they
+are needed; no network is trained on them, and nothing is chosen by them.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+SEVERITIES = (1, 2, 3, 4, 5)
+
+# How strong each corruption is at severity 1 to 5.
+STRENGTHS: dict[str, tuple[float, ...]] = {
+    "noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation; the range of values is 1
+    "blur": (0.4, 0.6, 0.7, 0.8, 1.0),  # standard deviation in pixels, at an image size of 32
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # what remains of it
+    "JPEG": (80, 65, 58, 50, 40),  # quality
+}
+
+
+def _noise(image: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
+    return image + 255 * strength * generator.standard_normal(image.shape)
+
+
+def _blur(image: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
+    # Grows with the image; not below 32 pixels, where so narrow a kernel would do nothing.
+    return cv2.GaussianBlur(image, (0, 0), strength * max(1.0, min(image.shape[:2]) / 32))
+
+
+def _contrast(image: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
+    mean = image.mean(axis=(0, 1))
+    return mean + strength * (image - mean)
+
+
+def _jpeg(image: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
+    quality = [cv2.IMWRITE_JPEG_QUALITY, int(strength)]
+    _, code = cv2.imencode(".jpg", image[..., ::-1].astype(np.uint8), quality)
+    return cv2.imdecode(code, cv2.IMREAD_COLOR)[..., ::-1]
+
+
+CORRUPTIONS = {"noise": _noise, "blur": _blur, "contrast": _contrast, "JPEG": _jpeg}
+
+
+def corrupt(images: Tensor, corruption: str, severity: int, *, seed: int = 0) -> Tensor:
+    """Return corrupted copies of images N x 3 x H x W (uint8, on the CPU), of the same form.
+
+    `corruption` is a name in `CORRUPTIONS`, `severity` 1 (mild) to 5. An image's noise is drawn
+    from `seed` and the image itself: it doesn't depend on the batch, and from one severity to the
+    next it only grows.
+
+    Raises ValueError for an unknown corruption or severity, or images of another form.
+    """
+    if corruption not in CORRUPTIONS:
+        known = ", ".join(CORRUPTIONS)
+        raise ValueError(f"corruption {corruption!r} is unknown; choose one of {known}")
+    if severity not in SEVERITIES:
+        raise ValueError(f"severity is {severity!r}; expected a whole number from 1 to 5")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"found images of {images.dtype} and shape {tuple(images.shape)}; expected uint8 and "
+            "N x 3 x H x W, as a Split holds them"
+        )
+    strength = STRENGTHS[corruption][severity - 1]
+    pictures = images.permute(0, 2, 3, 1).contiguous().numpy()
+    changed = np.empty_like(pictures)
+    for i, picture in enumerate(pictures):
+        generator = np.random.default_rng((seed, zlib.crc32(picture)))
+        image = CORRUPTIONS[corruption](picture.astype(np.float32), strength, generator)
+        changed[i] = np.clip(np.rint(image), 0, 255)
+    return torch.from_numpy(changed).permute(0, 3, 1, 2).contiguous()
