@@ -81,6 +81,8 @@ def test_placement_values_worked_out_by_hand():
     maps = torch.tensor([[[4.0, 4, 1], [0, 2, 1]]])
     masks = torch.tensor([[[True, False, True], [False, True, False]]])
     assert metrics.pointing_game(maps, masks).values == pytest.approx([1 / 2])
+    rounded = maps * torch.tensor([[[1 - 1e-7, 1, 1], [1, 1, 1]]])  # still the same maximum
+    assert metrics.pointing_game(rounded, masks).values == pytest.approx([1 / 2])
     assert metrics.energy_in_mask(maps, masks).values == pytest.approx([7 / 12])
     assert metrics.iou(maps, masks).values == pytest.approx([2 / 4])
     assert metrics.iou(maps, masks, 0.6).values == pytest.approx([1 / 4])
