@@ -7,7 +7,9 @@ a key of its own, is trained once and can be resumed, like any other.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,9 +108,12 @@ def imagenet_weights(model: str, folder: Path) -> dict[str, Tensor]:
 
     weights = get_model_weights(model)[IMAGENET]
     try:
-        return weights.get_state_dict(
-            model_dir=str(folder), progress=False, check_hash=True, weights_only=True
-        )
+        # torch announces a download, on stdout or stderr according to its version.
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return weights.get_state_dict(
+                model_dir=str(folder), progress=False, check_hash=True, weights_only=True
+            )
     except Exception as error:
         name = weights.url.rsplit("/", 1)[-1]
         raise FileNotFoundError(

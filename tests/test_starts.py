@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
 from helpers import data, evaluation, models, runs, starts, training
-from helpers.config import PROFILES, Study
+from helpers.config import PROFILES, ROOT, Study
 from helpers.runs import Run
 from helpers.starts import IMAGENET, Pruning, Transfer
 from helpers.training import Recipe
@@ -184,6 +186,47 @@ def test_missing_imagenet_weights_name_the_file(tmp_path: Path, monkeypatch) -> 
         FileNotFoundError, match="ImageNet weights of resnet18.*put torchvision's file resnet18-"
     ):
         starts.imagenet_weights("resnet18", tmp_path)
+
+
+def test_downloading_imagenet_weights_prints_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    network = models.build_model("resnet18", num_classes=1000, stem="imagenet")
+
+    def download(url: str, path: str, *_: object, **__: object) -> None:
+        torch.save(network.state_dict(), path)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    found = starts.imagenet_weights("resnet18", tmp_path)
+    assert torch.equal(found["conv1.weight"], network.conv1.weight)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("width", "there", "expected"),
+    [
+        (1.0, True, (IMAGENET, 128, "imagenet")),
+        (1.0, False, ("shapes", 16, "auto")),
+        (0.125, True, ("shapes", 16, "auto")),
+    ],
+)
+def test_the_transfer_notebook_takes_imagenet_weights_where_they_fit(
+    study: Study, monkeypatch, width: float, there: bool, expected: tuple
+) -> None:
+    def weights(*_: object) -> dict:
+        if not there:
+            raise FileNotFoundError
+        return {}
+
+    monkeypatch.setattr(starts, "imagenet_weights", weights)
+    notebook = nbformat.read(ROOT / "notebooks" / "08_transfer.ipynb", as_version=4)
+    cell = next(cell.source for cell in notebook.cells if "def choose_source" in cell.source)
+    names = {"contextlib": contextlib, "runs": runs, "starts": starts, "IMAGENET": IMAGENET}
+    exec(cell.split("\n\n\n")[0], names)
+    wide = replace(study, profile=replace(study.profile, width=width))
+    sources, image_size, stem = names["choose_source"](wide)
+    kinds = {getattr(source, "dataset", source) for source in sources.values()}
+    assert (*kinds, image_size, stem) == expected
+    assert set(sources) == set(study.profile.seeds)
 
 
 # --- Pruning -----------------------------------------------------------------------------------
