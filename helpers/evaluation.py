@@ -37,6 +37,11 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a network runs; one without parameters, a quantized one, runs on the CPU."""
+    return next(model.parameters(), torch.empty(0)).device
+
+
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -54,7 +59,7 @@ def predict(
     forward pass runs under autocast. `mirror` shows each image mirrored: the mean of
     both logits is test-time augmentation, to be reported apart from the plain figure.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     logits = []
     with mode(model, training=False):
         for images in split.images.split(batch_size):
@@ -364,7 +369,7 @@ def measure(
 @torch.inference_mode()
 def latency(model: nn.Module, image_size: int, batch_size: int = 1, repeats: int = 7) -> Timing:
     """Time the forward pass of a batch in float32 on the model's device, in evaluation mode."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, image_size, image_size, generator=generator).to(device)
     images = images.contiguous(memory_format=torch.channels_last)

@@ -283,16 +283,20 @@ def accuracy_against_cost(
                 label=name,
             )
         axes.set(xscale="log", xlabel=labels[column])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        low, high = axes.get_xlim()
-        if high / low < 30:  # too narrow for powers of ten: round numbers instead
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.4g}")
+        _label_log_x(axes)
     for axes in panels[::2]:
         axes.set_ylabel("test accuracy (%)")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
     return figure
+
+
+def _label_log_x(axes: Axes) -> None:
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    if high / low < 30:  # too narrow for powers of ten: round numbers instead
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.4g}")
 
 
 def accuracy_by_epoch(histories: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
@@ -656,6 +660,94 @@ def degradation(histories: Mapping[str, Mapping[int, Sequence[pd.DataFrame]]]) -
     _share_y(panels)
     panels[0].set_ylabel("error (%)")
     panels[-1].legend(fontsize=8)
+    return figure
+
+
+# --- Pruning -----------------------------------------------------------------------------------
+
+
+def against_share(
+    panels: Mapping[str, Mapping[str, Mapping[float, Interval]]],
+    references: Mapping[str, Interval],
+    *,
+    label: str,
+    reference: str,
+    percent: bool = True,
+) -> Figure:
+    """Show intervals against the share that was pruned: two panels a row, a line a variant.
+
+    `panels[title][variant]` maps shares in [0, 1] to intervals; `references[title]` is drawn as a
+    band called `reference`. With `percent` the values are shown in per cent.
+    """
+    figure, axes_list = _panels(len(panels), 2, 4.3, 2.7)
+    factor = 100 if percent else 1
+    for axes, (title, variants) in zip(axes_list, panels.items(), strict=True):
+        known = references[title]
+        axes.axhspan(factor * known.low, factor * known.high, color="0.5", alpha=0.25, lw=0)
+        axes.axhline(factor * known.mean, color="0.4", lw=1, ls="--", label=reference)
+        for colour, marker, (name, points) in zip(PALETTE, "os^", variants.items(), strict=False):
+            means = factor * np.array([v.mean for v in points.values()])
+            bounds = factor * np.array([(v.low, v.high) for v in points.values()]).T
+            axes.errorbar(
+                [100 * share for share in points],
+                means,
+                yerr=np.abs(bounds - means),
+                fmt=f"{marker}-",
+                markersize=5,
+                color=colour,
+                capsize=3,
+                label=name,
+            )
+        axes.set(title=title, xlim=(-3, 103))
+    _share_y(axes_list)
+    for axes in axes_list[::2]:
+        axes.set_ylabel(label)
+    for axes in axes_list[-2:]:
+        axes.set_xlabel("share removed (%)")
+    handles, names = axes_list[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
+    return figure
+
+
+def accuracy_against_size(
+    accuracy: Mapping[str, Mapping[str, Interval]],
+    costs: Mapping[str, pd.DataFrame],
+    labels: Mapping[str, str],
+) -> Figure:
+    """Show test accuracy against each cost, a panel a cost on a log scale, a line a way to prune.
+
+    `accuracy[way]` maps a point's short name, which is written beside it, to its interval; the
+    rows of `costs[way]` have these names, its columns are those of `labels`.
+    """
+    figure, panels = _panels(len(labels), 2, 4.4, 3.0)
+    for axes, (column, label) in zip(panels, labels.items(), strict=True):
+        for style, (way, points) in enumerate(accuracy.items()):
+            x = costs[way].loc[list(points), column].to_numpy(float)
+            means = 100 * np.array([v.mean for v in points.values()])
+            lows = 100 * np.array([v.low for v in points.values()])
+            highs = 100 * np.array([v.high for v in points.values()])
+            axes.errorbar(
+                x,
+                means,
+                yerr=[means - lows, highs - means],
+                fmt="*osD"[style] + "-",
+                markersize=10 if style == 0 else 5,
+                color=PALETTE[(3, 0, 1, 2)[style]],
+                capsize=2,
+                lw=1,
+                label=way,
+            )
+            place = {"xytext": (5, -9)} if style % 2 else {"xytext": (-5, 3), "ha": "right"}
+            for name, at in zip(points, zip(x, means, strict=True), strict=True):
+                axes.annotate(
+                    name, at, **place, textcoords="offset points", fontsize=7, color="0.3"
+                )
+        axes.set(xscale="log", xlabel=label)
+        _label_log_x(axes)
+    for axes in panels[::2]:
+        axes.set_ylabel("test accuracy (%)")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
     return figure
 
 

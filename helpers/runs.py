@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from helpers import config
+from helpers.compression import fit_to, make_permanent, prune_network, stored_tensors
 from helpers.config import Study, dataset_slug
 from helpers.data import SPLITS, Augmentation, Dataset, load_dataset
 from helpers.evaluation import (
@@ -45,11 +46,7 @@ from helpers.starts import (
     Pruning,
     Transfer,
     check_fit,
-    fit_to,
     imagenet_weights,
-    make_permanent,
-    prune_channels,
-    prune_weights,
     transfer,
 )
 from helpers.training import (
@@ -352,10 +349,9 @@ def _save_result(
         validation_logits=logits["validation"].numpy(),
         validation_labels=dataset.validation.labels.numpy(),
     )
-    weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     files = {
         "predictions.npz": arrays.getvalue(),
-        "model.safetensors": save_safetensors(weights),
+        "model.safetensors": save_safetensors(stored_tensors(model)),
         "history.csv": (folder / "history.csv").read_bytes(),
     }
     for name, content in files.items():
@@ -522,10 +518,7 @@ def _starting_network(run: Run, dataset: Dataset, study: Study) -> nn.Module:
         transfer(model, weights, run.start.frozen)
     elif isinstance(run.start, Pruning):
         model = load_or_train(run.start.source, study).load_model()
-        if run.start.kind == "weights":
-            prune_weights(model, run.start.share)
-        else:
-            prune_channels(model, run.start.share, dataset.image_size)
+        prune_network(model, run.start.kind, run.start.share, dataset.image_size)
     return model
 
 

@@ -8,23 +8,20 @@ a key of its own, is trained once and can be resumed, like any other.
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+
+from helpers.compression import PRUNED
 
 if TYPE_CHECKING:
     from helpers.runs import Run
 
 # The name torchvision gives its first set of ImageNet weights. They exist at full width only.
 IMAGENET = "IMAGENET1K_V1"
-
-PRUNED = ("weights", "channels")
 
 
 @dataclass(frozen=True)
@@ -134,73 +131,3 @@ def transfer(model: nn.Module, weights: dict[str, Tensor], frozen: bool) -> None
     if frozen:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(f"{last}."))
-
-
-# --- Pruning -----------------------------------------------------------------------------------
-
-
-def prune_weights(model: nn.Module, share: float) -> None:
-    """Mask the `share` of smallest weights, over all convolutions and linear layers together.
-
-    The masks stay in place while the network trains; `make_permanent` writes the zeros into the
-    weights.
-    """
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    prune.global_unstructured(
-        [(layer, "weight") for layer in layers], prune.L1Unstructured, amount=share
-    )
-    for layer in layers:  # recomputed before each forward pass; a copy of the graph can't be made
-        layer.weight = layer.weight.detach()
-
-
-def make_permanent(model: nn.Module) -> None:
-    """Replace masked weights by plain ones that are zero where the mask is."""
-    for module in model.modules():
-        if hasattr(module, "weight_mask"):
-            prune.remove(module, "weight")
-
-
-def prune_channels(model: nn.Module, share: float, image_size: int) -> None:
-    """Remove a `share` of the channels of every layer, those of the smallest filters.
-
-    Channels that a shortcut adds together are removed together (DepGraph; Fang et al., CVPR 2023,
-    with their package torch-pruning). The classes stay. `image_size` is in pixels.
-    """
-    import torch_pruning
-
-    example = torch.zeros(1, 3, image_size, image_size)
-    last = [part for part in model.modules() if isinstance(part, nn.Linear)][-1]
-    torch_pruning.pruner.MagnitudePruner(
-        model,
-        example,
-        importance=torch_pruning.importance.GroupMagnitudeImportance(p=1),
-        pruning_ratio=share,
-        ignored_layers=[last],
-    ).step()
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def fit_to(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """Return the network with its layers cut to the shapes of `weights`, which are loaded.
-
-    For weights of a network whose channels were pruned. Others fit as they are.
-    """
-    model = copy.deepcopy(model)
-    for name, module in model.named_modules():
-        weight = weights.get(f"{name}.weight")
-        if weight is None or weight.shape == module.weight.shape:
-            continue
-        if isinstance(module, nn.Conv2d):
-            module.out_channels, module.in_channels = weight.shape[0], weight.shape[1]
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = weight.shape
-        else:
-            module.num_features = weight.shape[0]
-        for own in (module._parameters, module._buffers):
-            for key, value in own.items():
-                if value is not None and value.ndim:
-                    shaped = torch.empty_like(weights[f"{name}.{key}"])
-                    own[key] = nn.Parameter(shaped) if own is module._parameters else shaped
-    model.load_state_dict(weights)
-    return model

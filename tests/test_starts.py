@@ -11,7 +11,7 @@ import nbformat
 import pytest
 import torch
 
-from helpers import data, evaluation, models, runs, starts, training
+from helpers import compression, data, evaluation, models, runs, starts, training
 from helpers.config import PROFILES, ROOT, Study
 from helpers.runs import Run
 from helpers.starts import IMAGENET, Pruning, Transfer
@@ -232,24 +232,11 @@ def test_the_transfer_notebook_takes_imagenet_weights_where_they_fit(
 # --- Pruning -----------------------------------------------------------------------------------
 
 
-def test_the_smallest_weights_of_the_whole_network_are_masked() -> None:
-    model = models.build_model("resnet18", num_classes=10, width=0.125)
-    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-    before = torch.cat([layer.weight.detach().abs().flatten() for layer in layers])
-    starts.prune_weights(model, 0.8)
-    starts.make_permanent(model)
-    after = torch.cat([layer.weight.detach().abs().flatten() for layer in layers])
-    gone = (after == 0) & (before > 0)
-    assert abs(gone.double().mean() - 0.8) < 1e-4
-    assert before[gone].max() <= before[~gone].min()
-    assert torch.equal(after[~gone], before[~gone])
-
-
 def test_pruned_weights_stay_zero_through_training(study: Study, source: runs.Result) -> None:
     run = make_run(start=Pruning(source.run, "weights", 0.9), epochs=2)
     expected = source.load_model()
-    starts.prune_weights(expected, 0.9)
-    starts.make_permanent(expected)
+    compression.prune_weights(expected, 0.9)
+    compression.make_permanent(expected)
     trained = weights_of(run, study)
     moved = 0
     for name, weight in expected.state_dict().items():
@@ -274,23 +261,6 @@ def test_pruned_channels_are_gone_and_the_network_loads_again(study: Study, mode
     dataset = run.load_data(study.data_dir)
     logits = evaluation.predict(network, dataset.test, *dataset.channel_statistics)
     assert torch.equal(logits, result.test_logits)
-
-
-def test_channels_with_the_smallest_filters_go() -> None:
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, bias=False),
-        torch.nn.ReLU(),
-        torch.nn.AdaptiveAvgPool2d(1),
-        torch.nn.Flatten(),
-        torch.nn.Linear(4, 2),
-    )
-    with torch.no_grad():
-        for row, size in enumerate((3.0, 1.0, 4.0, 2.0)):
-            model[0].weight[row] = size
-            model[4].weight[:, row] = size
-    starts.prune_channels(model, 0.5, 8)
-    assert model[0].weight[:, 0, 0, 0].tolist() == [3.0, 4.0]
-    assert model[4].weight.shape == (2, 2)
 
 
 # --- Refusals ----------------------------------------------------------------------------------
