@@ -160,6 +160,7 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
                     scale, zero = part.q_per_channel_scales(), part.q_per_channel_zero_points()
                 else:
                     scale, zero = torch.tensor(part.q_scale()), torch.tensor(part.q_zero_point())
+                tensors |= {f"{key}.scale": scale.float(), f"{key}.zero": zero.to(torch.int8)}
             elif isinstance(part, Tensor):
                 tensors[key] = part.detach().cpu().contiguous()
     return tensors

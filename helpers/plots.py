@@ -492,7 +492,7 @@ def curves_by_size(
                 capsize=2,
                 label=network,
             )
-        axes.axhline(100 * line, color="0.5", lw=1, ls="--", zorder=0)
+        axes.axhline(100 * line, color="0.3", lw=1.2, ls="--", zorder=1)
         axes.set(xscale="log", title=title)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
@@ -541,7 +541,8 @@ def beside_published(
         label="published, on other images",
     )
     axes_list[0].set_ylabel("%")
-    axes_list[-1].legend(fontsize=8, loc="lower left")
+    handles, names = axes_list[-1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
     return figure
 
 

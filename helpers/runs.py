@@ -725,14 +725,6 @@ def gap(result: Result) -> float:
     return result.metrics["train"]["accuracy"] - result.metrics["test"]["accuracy"]
 
 
-def gaps(result: Result) -> np.ndarray:
-    """Return training accuracy minus 1 or 0 for each test image (N floats): their mean is the gap.
-
-    In this form gaps of several runs can be compared in pairs, image by image.
-    """
-    return result.metrics["train"]["accuracy"] - result.correct
-
-
 def by_name(results: dict[Run, Result], runs: dict[str, list[Run]]) -> dict[str, list[Result]]:
     """Regroup the Results of `train_all` under the names of a study's variants."""
     return {name: [results[run] for run in variant] for name, variant in runs.items()}
