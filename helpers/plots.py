@@ -414,6 +414,7 @@ def accuracy_against_seconds(panels: Mapping[str, Mapping[str, tuple[float, Inte
         axes.set_xlim(left=0)
         axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     axes_of[0].set_ylabel("test accuracy (%), 95 % interval")
+    return figure
 
 
 # --- Maps measured -----------------------------------------------------------------------------
