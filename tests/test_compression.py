@@ -43,7 +43,7 @@ def test_the_smallest_weights_of_the_whole_network_are_masked() -> None:
     after = torch.cat([layer.weight.detach().abs().flatten() for layer in layers])
     gone = (after == 0) & (before > 0)
     assert abs(gone.double().mean() - 0.8) < 1e-4
-    assert before[gone].max() <= before[~gone].min()
+    assert before[gone].max() <= after[after > 0].min()  # a weight can be drawn as exactly 0
     assert torch.equal(after[~gone], before[~gone])
 
 
