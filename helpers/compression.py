@@ -136,9 +136,7 @@ def quantize(model: nn.Module, images: Tensor) -> nn.Module:
         network = prepare_fx(network, get_default_qconfig_mapping(engine), (batches[0],))
         for batch in batches:
             network(batch)
-        network = convert_fx(network)
-        network(batches[0])  # the first pass warns too
-    return network
+        return convert_fx(network)
 
 
 # --- What is left ------------------------------------------------------------------------------
