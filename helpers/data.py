@@ -384,8 +384,9 @@ def _class_folders(folder: Path) -> dict[str, Path]:
 
 def _image_files(folder: Path) -> list[Path]:
     """Return a class's files, sorted by name; hidden ones and folders don't count."""
-    files = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
-    return sorted(files)
+    with os.scandir(folder) as entries:  # asks the disk once a folder, not once a file
+        names = [e.name for e in entries if not e.name.startswith(".") and e.is_file()]
+    return [folder / name for name in sorted(names)]
 
 
 def _list_folder(root: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[Path, int]]]]:
@@ -458,10 +459,11 @@ def _folder_state(root: Path) -> str:
     classes, files = _list_folder(root)
     digest = hashlib.sha256(f"{root} {classes}".encode(errors="surrogateescape"))
     for part in files:
+        lines = []
         for path, label in files[part]:
-            stat = path.stat()
-            line = f"{part} {path.name} {label} {stat.st_size} {stat.st_mtime_ns}\n"
-            digest.update(line.encode(errors="surrogateescape"))
+            stat = os.stat(path)
+            lines.append(f"{part} {path.name} {label} {stat.st_size} {stat.st_mtime_ns}\n")
+        digest.update("".join(lines).encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
