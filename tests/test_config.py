@@ -247,7 +247,7 @@ def test_only_config_reads_the_environment_and_only_plots_imports_matplotlib(mod
         ("shapes", set()),
         ("models", set()),
         ("data", {"shapes", "config"}),
-        ("evaluation", {"data"}),
+        ("evaluation", {"data", "corruptions"}),
     ],
 )
 def test_dependencies_point_one_way(module: str, allowed: set[str]) -> None:
