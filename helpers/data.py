@@ -613,7 +613,7 @@ def load_dataset(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image: mirrored, shifted, and a square of it blanked out, ...
+    """What happens to a training image: it is mirrored, shifted, partly blanked out, recoloured.
 
     `crop_padding` and `cutout` are pixels at an image size of 32 and scale with it. A shift is a
     random crop after reflect-padding by `crop_padding`; cutout (DeVries and Taylor, 2017) sets a

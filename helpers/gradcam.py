@@ -44,6 +44,9 @@ Layer = str | nn.Module
 # More images than this are explained in parts, so that memory stays bounded.
 IMAGES_AT_ONCE = 128
 
+# From this many pixels on, convolutions on a CPU are faster on images in channels_last order.
+PIXELS_FOR_CHANNELS_LAST = 2**16
+
 # Score-CAM and Ablation-CAM run the network once a channel, this many at a time.
 CHANNELS_AT_ONCE = 64
 
@@ -401,7 +404,7 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         modules, tensors = _parts(model)
-        if any(tensor.is_inference() for tensor in tensors):
+        if any(map(Tensor.is_inference, tensors)):
             model = copy.deepcopy(model)
             modules, tensors = _parts(model)
         if any(m._compiled_call_impl or "_orig_mod" in m._modules for m in modules):
@@ -470,7 +473,14 @@ def _forward(
 
     hooks = {name: keep(name) for name in names}
     with torch.set_grad_enabled(record), _hooked(model, hooks):
-        output = model(images)
+        try:
+            output = model(_in_fast_order(images))
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            # A network that flattens with view can't take channels_last.
+            calls.update(dict.fromkeys(names, 0))
+            output = model(images)
     if missing := [name for name in names if not calls[name]]:
         raise ValueError(
             f"the forward pass never ran {', '.join(map(repr, missing))}, so there is nothing to "
@@ -484,6 +494,14 @@ def _forward(
     if not torch.isfinite(output).all():
         raise ValueError("the model returned NaN or infinite logits; check its weights and input.")
     return output, kept, calls
+
+
+def _in_fast_order(images: Tensor) -> Tensor:
+    """The same images in the memory order in which the network runs fastest."""
+    pixels = len(images) * images.shape[-2] * images.shape[-1]
+    if images.device.type == "cpu" and pixels >= PIXELS_FOR_CHANNELS_LAST:
+        return images.contiguous(memory_format=torch.channels_last)
+    return images
 
 
 def _from_gradients(rule: Callable, kept: dict[str, Tensor], scores: Tensor) -> dict[str, Tensor]:

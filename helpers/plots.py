@@ -6,7 +6,7 @@ Colours are seaborn's colour-blind palette, in an order that every figure keeps 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -80,6 +80,21 @@ def _show(axes: Axes, image: Tensor | np.ndarray, title: str = "", colour: str =
     axes.imshow(to_rgb(image), interpolation="nearest")
     axes.set_title(title, fontsize=8, color=colour, fontweight="normal", pad=3)
     axes.set_axis_off()
+
+
+def _errorbar(
+    axes: Axes, x: object, values: Iterable[Interval], factor: float = 100, **style: object
+) -> None:
+    """Draw intervals at the places `x`: the means as points, whiskers over the intervals."""
+    mean, low, high = factor * np.array([(v.mean, v.low, v.high) for v in values]).T
+    axes.errorbar(x, mean, yerr=np.maximum([mean - low, high - mean], 0), **style)
+
+
+def _legend_above(figure: Figure, axes: Axes, columns: int | None = None) -> None:
+    """Put one legend, that of `axes`, above all panels."""
+    handles, names = axes.get_legend_handles_labels()
+    columns = columns or len(names)
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, fontsize=9)
 
 
 # --- Data --------------------------------------------------------------------------------------
@@ -272,11 +287,10 @@ def accuracy_against_cost(
     figure, panels = _panels(len(costs.columns), 2, 4.2, 2.7)
     for axes, column in zip(panels, costs.columns, strict=True):
         for style, (name, v) in enumerate(accuracy.items()):
-            spread = [[100 * (v.mean - v.low)], [100 * (v.high - v.mean)]]
-            axes.errorbar(
-                costs.loc[name, column],
-                100 * v.mean,
-                yerr=spread,
+            _errorbar(
+                axes,
+                [costs.loc[name, column]],
+                [v],
                 fmt="osD^vP"[style % 6],
                 color=PALETTE[style % len(PALETTE)],
                 capsize=3,
@@ -286,8 +300,7 @@ def accuracy_against_cost(
         _label_log_x(axes)
     for axes in panels[::2]:
         axes.set_ylabel("test accuracy (%)")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
+    _legend_above(figure, panels[0])
     return figure
 
 
@@ -401,10 +414,10 @@ def accuracy_against_seconds(panels: Mapping[str, Mapping[str, tuple[float, Inte
     figure, axes_of = _panels(len(panels), 2, 4.6, 3.4)
     for axes, (title, points) in zip(axes_of, panels.items(), strict=True):
         for style, (name, (seconds, v)) in enumerate(points.items()):
-            axes.errorbar(
-                seconds,
-                100 * v.mean,
-                yerr=[[100 * (v.mean - v.low)], [100 * (v.high - v.mean)]],
+            _errorbar(
+                axes,
+                [seconds],
+                [v],
                 fmt="osD^vP<>"[style % 8],
                 color=PALETTE[style % len(PALETTE)],
                 capsize=3,
@@ -478,13 +491,10 @@ def curves_by_size(
         for i, (network, by_size) in enumerate(networks.items()):
             style = first_colour + i
             sizes = np.array(list(by_size))
-            mean = 100 * np.array([v.mean for v in by_size.values()])
-            low = 100 * np.array([v.low for v in by_size.values()])
-            high = 100 * np.array([v.high for v in by_size.values()])
-            axes.errorbar(
+            _errorbar(
+                axes,
                 sizes * 1.04 ** (i - (len(networks) - 1) / 2),  # side by side, not on each other
-                mean,
-                yerr=[mean - low, high - mean],
+                by_size.values(),
                 fmt="osD^"[style] + "-",
                 color=PALETTE[style],
                 markersize=4,
@@ -503,8 +513,7 @@ def curves_by_size(
         pair[0].set_ylabel(label)
     for axes in axes_list[-2:]:
         axes.set_xlabel("training images")
-    handles, names = axes_list[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
+    _legend_above(figure, axes_list[0])
     return figure
 
 
@@ -517,13 +526,10 @@ def beside_published(
     """
     figure, axes_list = _panels(len(panels), len(panels), 3.6, 2.6)
     for axes, (title, values) in zip(axes_list, panels.items(), strict=True):
-        mean = 100 * np.array([v.mean for v in values.values()])
-        low = 100 * np.array([v.low for v in values.values()])
-        high = 100 * np.array([v.high for v in values.values()])
-        axes.errorbar(
+        _errorbar(
+            axes,
             np.arange(len(values)) - 0.08,
-            mean,
-            yerr=[mean - low, high - mean],
+            values.values(),
             fmt="o",
             color=PALETTE[0],
             capsize=3,
@@ -542,8 +548,7 @@ def beside_published(
         label="published, on other images",
     )
     axes_list[0].set_ylabel("%")
-    handles, names = axes_list[-1].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
+    _legend_above(figure, axes_list[-1])
     return figure
 
 
@@ -588,16 +593,12 @@ def corruption_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]]) ->
     figure, panels = _panels(len(curves), 2, 4.2, 2.6)
     for axes, (corruption, by_network) in zip(panels, curves.items(), strict=True):
         for i, (network, values) in enumerate(by_network.items()):
-            mean, low, high = (
-                100 * np.array([getattr(v, part) for v in values])
-                for part in ("mean", "low", "high")
-            )
             # Side by side, so that the bars of several networks can be told apart.
             severity = np.arange(len(values)) + 0.09 * (i - (len(by_network) - 1) / 2)
-            axes.errorbar(
+            _errorbar(
+                axes,
                 severity,
-                mean,
-                yerr=[mean - low, high - mean],
+                values,
                 color=PALETTE[i % len(PALETTE)],
                 fmt="-" + "osD^vP"[i % 6],
                 markersize=4,
@@ -612,8 +613,7 @@ def corruption_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]]) ->
         axes.set_xlabel("severity (0: the image as it is)")
     for axes in panels[::2]:
         axes.set_ylabel("accuracy (%)")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), fontsize=9)
+    _legend_above(figure, panels[0], columns=min(4, len(next(iter(curves.values())))))
     return figure
 
 
@@ -688,12 +688,11 @@ def against_share(
         axes.axhspan(factor * known.low, factor * known.high, color="0.5", alpha=0.25, lw=0)
         axes.axhline(factor * known.mean, color="0.4", lw=1, ls="--", label=reference)
         for colour, marker, (name, points) in zip(PALETTE, "os^", variants.items(), strict=False):
-            means = factor * np.array([v.mean for v in points.values()])
-            bounds = factor * np.array([(v.low, v.high) for v in points.values()]).T
-            axes.errorbar(
+            _errorbar(
+                axes,
                 [100 * share for share in points],
-                means,
-                yerr=np.abs(bounds - means),
+                points.values(),
+                factor,
                 fmt=f"{marker}-",
                 markersize=5,
                 color=colour,
@@ -706,8 +705,7 @@ def against_share(
         axes.set_ylabel(label)
     for axes in axes_list[-2:]:
         axes.set_xlabel("share removed (%)")
-    handles, names = axes_list[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
+    _legend_above(figure, axes_list[0])
     return figure
 
 
@@ -725,13 +723,10 @@ def accuracy_against_size(
     for axes, (column, label) in zip(panels, labels.items(), strict=True):
         for style, (way, points) in enumerate(accuracy.items()):
             x = costs[way].loc[list(points), column].to_numpy(float)
-            means = 100 * np.array([v.mean for v in points.values()])
-            lows = 100 * np.array([v.low for v in points.values()])
-            highs = 100 * np.array([v.high for v in points.values()])
-            axes.errorbar(
+            _errorbar(
+                axes,
                 x,
-                means,
-                yerr=[means - lows, highs - means],
+                points.values(),
                 fmt="*osD"[style] + "-",
                 markersize=10 if style == 0 else 5,
                 color=PALETTE[(3, 0, 1, 2)[style]],
@@ -740,16 +735,20 @@ def accuracy_against_size(
                 label=way,
             )
             place = {"xytext": (5, -9)} if style % 2 else {"xytext": (-5, 3), "ha": "right"}
-            for name, at in zip(points, zip(x, means, strict=True), strict=True):
+            for (name, v), at in zip(points.items(), x, strict=True):
                 axes.annotate(
-                    name, at, **place, textcoords="offset points", fontsize=7, color="0.3"
+                    name,
+                    (at, 100 * v.mean),
+                    **place,
+                    textcoords="offset points",
+                    fontsize=7,
+                    color="0.3",
                 )
         axes.set(xscale="log", xlabel=label)
         _label_log_x(axes)
     for axes in panels[::2]:
         axes.set_ylabel("test accuracy (%)")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=9)
+    _legend_above(figure, panels[0])
     return figure
 
 

@@ -778,6 +778,40 @@ def test_wrong_layers_methods_and_outputs():
     cam(dense, IMAGES, lambda z: z[:, 1, 0, 0], "net.layer3")
 
 
+@pytest.mark.parametrize("method", ["grad-cam", "eigen-cam", "ablation-cam"])
+def test_the_memory_order_changes_no_map(monkeypatch, method):
+    orders = []
+
+    def note(module, x):
+        orders.append(x.is_contiguous(memory_format=torch.channels_last))
+        return module.net(x)
+
+    model = Function(note, net=SmallNet())
+    plain = cam(model, IMAGES, None, "net.layer2", method)
+    assert not any(orders)
+    monkeypatch.setattr(gradcam, "PIXELS_FOR_CHANNELS_LAST", IMAGES[:, 0].numel())
+    orders.clear()
+    fast = cam(model, IMAGES, None, "net.layer2", method)
+    assert orders[0]
+    torch.testing.assert_close(fast.maps, plain.maps, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fast.logits, plain.logits, rtol=0, atol=1e-12)
+    assert IMAGES.is_contiguous()
+
+
+@pytest.mark.parametrize("method", ["grad-cam", "ablation-cam"])
+def test_a_network_that_flattens_with_view(monkeypatch, method):
+    """On images in channels_last order `view` raises; the maps come all the same."""
+    conv = nn.Conv2d(3, 6, 3, padding=1)
+    tail = nn.Linear(6 * 16 * 16, 4)
+    randomise(nn.ModuleList([conv, tail]))
+    model = Function(
+        lambda m, x: m.tail(m.conv(x).relu().view(len(x), -1)), conv=conv, tail=tail
+    ).double()
+    plain = cam(model, IMAGES, None, "conv", method)
+    monkeypatch.setattr(gradcam, "PIXELS_FOR_CHANNELS_LAST", 1)
+    torch.testing.assert_close(cam(model, IMAGES, None, "conv", method).maps, plain.maps)
+
+
 def test_compiled_and_wrapped_networks(tmp_path):
     model = SmallNet()
     expected = cam(model, IMAGES, layers=["layer2", "layer3"]).maps

@@ -20,8 +20,9 @@ import pytest
 import torch
 from filelock import FileLock
 
+from benchmarks.soak import make_study
 from helpers import config, data, runs, shapes, training
-from helpers.config import PROFILES, Study
+from helpers.config import Study
 from helpers.data import NO_AUGMENTATION, Augmentation
 from helpers.evaluation import metrics, predict
 from helpers.runs import Run, RunError, load_or_train, load_result, run_from_dict, stored_runs
@@ -29,23 +30,6 @@ from helpers.starts import Transfer
 from helpers.training import RECIPES, Progress, Recipe, TrainingDiverged
 
 RECIPE = Recipe("test", "sgd", 0.05, "triangular", batch_size=16, epochs=2)
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Study:
-    return make_study(tmp_path)
-
-
-def make_study(folder: Path) -> Study:
-    return Study(
-        profile=PROFILES["smoke"],
-        dataset="shapes",
-        runs_dir=folder / "runs",
-        data_dir=folder / "data",
-        analysis_dir=folder / "analysis",
-        device=torch.device("cpu"),
-        progress="none",
-    )
 
 
 SIZES = {"image_size": 16, "train_size": 80, "validation_size": 40, "test_size": 40}

@@ -16,11 +16,10 @@ from typing import Any
 
 import nbformat
 import pytest
-import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from helpers import config, notebooks
-from helpers.config import PROFILES, ROOT, Study
+from helpers.config import ROOT, Study
 from helpers.notebooks import find_notebooks, missing_requirements, run_series
 
 OPENING = "# A notebook\n\nIt takes <!-- run time -->unknown<!-- /run time -->."
@@ -39,19 +38,6 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(notebooks, "NOTEBOOKS_DIR", tmp_path / "notebooks")
     (tmp_path / "notebooks").mkdir()
     return tmp_path / "notebooks"
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Study:
-    return Study(
-        profile=PROFILES["smoke"],
-        dataset="shapes",
-        runs_dir=tmp_path / "runs",
-        data_dir=tmp_path / "data",
-        analysis_dir=tmp_path / "analysis",
-        device=torch.device("cpu"),
-        progress="none",
-    )
 
 
 def outputs(study: Study, name: str) -> list[Any]:

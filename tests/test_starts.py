@@ -11,8 +11,9 @@ import nbformat
 import pytest
 import torch
 
+from benchmarks.soak import make_study
 from helpers import compression, data, evaluation, models, runs, starts, training
-from helpers.config import PROFILES, ROOT, Study
+from helpers.config import ROOT, Study
 from helpers.runs import Run
 from helpers.starts import IMAGENET, Pruning, Transfer
 from helpers.training import Recipe
@@ -23,16 +24,7 @@ SIZES = {"image_size": 16, "train_size": 80, "validation_size": 20, "test_size":
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = tmp_path_factory.mktemp("starts")
-    return Study(
-        profile=PROFILES["smoke"],
-        dataset="shapes",
-        runs_dir=folder / "runs",
-        data_dir=folder / "data",
-        analysis_dir=folder / "analysis",
-        device=torch.device("cpu"),
-        progress="none",
-    )
+    return make_study(tmp_path_factory.mktemp("starts") / "study")
 
 
 def make_run(dataset: str = "shapes", **changes) -> Run:
