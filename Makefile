@@ -13,7 +13,7 @@ INSTALLED_PEERS := $(VENV)/.installed-peers
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make study     run the notebooks and build the report (PROFILE=smoke|quick|full,"
+	@echo "make study     run the notebooks and build the report (PROFILE=smoke|quick|long|full,"
 	@echo "               DATASET=name or folder, NOTEBOOKS=\"01 02\" for some of them)"
 	@echo "make test      lint, unit tests, and every notebook compared with its outputs"
 	@echo "make lab       open JupyterLab in notebooks/"

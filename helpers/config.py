@@ -2,7 +2,8 @@
 
 This is the only module that reads the environment. A study is decided by two variables:
 
-    PROFILE   how much work: smoke (tests), quick (default, a laptop) or full (a CUDA GPU)
+    PROFILE   how much work: smoke (tests), quick (default, minutes on a laptop), long (an evening
+              on a laptop) or full (a CUDA GPU)
     DATASET   what on: a name from `helpers.data.DATASETS` or the path of a folder of images
 
 and, for where things go, RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE and PROGRESS. TENSORBOARD=1 also
@@ -47,7 +48,8 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", 120, 40, 60, 16, 0.125, 2, 20, (0, 1), "shapes"),
-        Profile("quick", 3000, 500, 1000, 32, 0.25, 10, 64, (0, 1), "shapes"),
+        Profile("quick", 3000, 500, 1000, 32, 0.25, 8, 64, (0, 1), "shapes"),
+        Profile("long", 6000, 1000, 2000, 32, 0.25, 12, 64, (0, 1), "cifar10"),
         Profile("full", None, None, None, None, 1.0, 60, 512, (0, 1, 2), "cifar10"),
     )
 }

@@ -134,9 +134,11 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Return what the key is made of: all fields, with a folder known by its name alone.
 
-        Fields that came later are left out where they have no effect, so that older keys stay.
+        A scaled learning rate is added, so that another rule of scaling gives other keys. Fields that came later are left out where they have no effect, so that older keys stay.
         """
         values = asdict(self) | {"dataset": dataset_slug(self.dataset)}
+        if self.recipe.reference_batch_size is not None:
+            values["recipe"]["peak_learning_rate"] = self.recipe.peak_learning_rate
         augmentation = values["recipe"]["augmentation"]
         for name in ("colour_jitter", "trivial_augment", "mixup"):
             if not augmentation[name]:

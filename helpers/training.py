@@ -46,8 +46,9 @@ class Recipe:
     """How a network is trained, apart from for how long.
 
     `learning_rate` is the highest of the schedule. With `reference_batch_size` it is meant for
-    that batch size and scales in proportion (Goyal et al., 2017, section 2.1). `momentum` and
-    `nesterov` are SGD's. `epochs` is the length that the protocol is known with.
+    that batch size and scales with the square root of the batch's share of it, which keeps the
+    variance of a step (Hoffer et al., NIPS 2017). `momentum` and `nesterov` are SGD's. `epochs` is
+    the length that the protocol is known with.
 
     Raises ValueError for a setting outside what is allowed.
     """
@@ -94,7 +95,8 @@ class Recipe:
     @property
     def peak_learning_rate(self) -> float:
         """The highest learning rate, after scaling with the batch size."""
-        return self.learning_rate * self.batch_size / (self.reference_batch_size or self.batch_size)
+        share = self.batch_size / (self.reference_batch_size or self.batch_size)
+        return self.learning_rate * math.sqrt(share)
 
 
 def check(name: str, value: object, allowed: bool, expected: str) -> None:

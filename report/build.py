@@ -51,10 +51,21 @@ def build(set_folder: Path) -> bytes:
         ) from error
 
 
-def results_table(set_folder: Path) -> str:
-    """Return the README's table of results as Markdown."""
+# The README's figures and what they show, for who can't see them.
+README_FIGURES = {
+    "04_cost": "Test accuracy against four costs for SimpleCNN and ResNet-18, 34 and 50",
+    "05_misclassified": "The most confident errors, with the evidence for the predicted and for "
+    "the true class",
+}
+
+
+def results_section(set_folder: Path) -> str:
+    """Return the README's figures and table of results as Markdown."""
     depth = json.loads((set_folder / "results" / "04_depth.json").read_text())
-    lines = [
+    lines = []
+    for name, text in README_FIGURES.items():
+        lines += [f"![{text}](analysis/{set_folder.name}/figures/{name}.png)", ""]
+    lines += [
         "| network | test accuracy (%) | parameters | multiply-adds | training |",
         "|---|---|---|---|---|",
     ]
@@ -105,7 +116,7 @@ def profile_table() -> str:
 
 def fill_readme(text: str, set_folder: Path) -> str:
     """Return the README with its generated tables replaced by those of a published set."""
-    tables = {"results": results_table(set_folder), "profiles": profile_table()}
+    tables = {"results": results_section(set_folder), "profiles": profile_table()}
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):

@@ -38,7 +38,8 @@ def test_defaults_are_the_quick_profile_on_shapes_in_the_repository() -> None:
 
 
 @pytest.mark.parametrize(
-    ("profile", "dataset"), [("smoke", "shapes"), ("quick", "shapes"), ("full", "cifar10")]
+    ("profile", "dataset"),
+    [("smoke", "shapes"), ("quick", "shapes"), ("long", "cifar10"), ("full", "cifar10")],
 )
 def test_each_profile_brings_its_dataset(
     monkeypatch: pytest.MonkeyPatch, profile: str, dataset: str
@@ -91,8 +92,8 @@ def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [
-        ("PROFILE", "huge", "smoke, quick, full"),
-        ("PROFILE", "Quick", "smoke, quick, full"),
+        ("PROFILE", "huge", "smoke, quick, long, full"),
+        ("PROFILE", "Quick", "smoke, quick, long, full"),
         ("PROGRESS", "bars", "bar, none or file:PATH"),
         ("PROGRESS", "file:", "bar, none or file:PATH"),
         ("DEVICE", "gpu", "auto, cpu, cuda or mps"),
@@ -181,10 +182,10 @@ def test_slug_of_a_relative_folder_is_that_of_the_absolute_one(
 
 
 def test_profiles_grow_and_repeat_enough() -> None:
-    smoke, quick, full = (PROFILES[name] for name in ("smoke", "quick", "full"))
-    assert smoke.train_size < quick.train_size
+    smoke, quick, long, full = PROFILES.values()
+    assert smoke.train_size < quick.train_size < long.train_size
     assert full.train_size is None and full.test_size is None and full.width == 1
-    assert smoke.epochs < quick.epochs < full.epochs
+    assert smoke.epochs < quick.epochs < long.epochs < full.epochs
     assert len(quick.seeds) >= 2 and len(full.seeds) >= 3
     assert all(p.seeds == tuple(range(len(p.seeds))) for p in PROFILES.values())
 

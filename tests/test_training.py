@@ -141,10 +141,11 @@ def test_the_four_recipes_are_there() -> None:
     assert list(RECIPES) == list(PUBLISHED)
 
 
-def test_peak_learning_rate_scales_with_the_batch_only_with_a_reference() -> None:
+def test_peak_learning_rate_scales_with_the_root_of_the_batch_only_with_a_reference() -> None:
     fast = RECIPES["fast"]
-    assert fast.peak_learning_rate == pytest.approx(0.2 * 512 / 500)
-    assert replace(fast, batch_size=50).peak_learning_rate == pytest.approx(0.02)
+    assert fast.peak_learning_rate == pytest.approx(0.2 * (512 / 500) ** 0.5)
+    assert replace(fast, batch_size=125).peak_learning_rate == pytest.approx(0.1)
+    assert replace(fast, batch_size=5).peak_learning_rate == pytest.approx(0.02)
     assert replace(RECIPES["adam"], batch_size=512).peak_learning_rate == 1e-3
 
 
@@ -224,7 +225,7 @@ def test_the_optimizer_is_built_as_the_recipe_says(
     assert type(optimizer).__name__ == kind
     (group,) = optimizer.param_groups
     assert {name: group[name] for name in settings} == settings
-    assert group["lr"] == pytest.approx(0.025)  # the scaled peak
+    assert group["lr"] == pytest.approx(0.05 * 0.5**0.5)  # the scaled peak
     assert list(map(id, group["params"])) == list(map(id, model.parameters()))
 
 
