@@ -7,7 +7,8 @@ This is the only module that reads the environment. A study is decided by two va
     DATASET   what on: a name from `helpers.data.DATASETS` or the path of a folder of images
 
 and, for where things go, RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE and PROGRESS. TENSORBOARD=1 also
-writes TensorBoard logs into the runs' folders (it needs the package tensorboard).
+writes TensorBoard logs into the runs' folders (it needs the package tensorboard). EXECUTOR=ray
+trains several runs at a time, on a CPU with CORES_PER_RUN cores each (helpers/executors.py).
 """
 
 from __future__ import annotations
@@ -48,16 +49,20 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", 120, 40, 60, 16, 0.125, 2, 20, (0, 1), "shapes"),
-        Profile("quick", 3000, 500, 1000, 32, 0.25, 8, 64, (0, 1), "shapes"),
+        Profile("quick", 3000, 500, 1000, 32, 0.25, 10, 64, (0, 1), "shapes"),
         Profile("long", 6000, 1000, 2000, 32, 0.25, 12, 64, (0, 1), "cifar10"),
         Profile("full", None, None, None, None, 1.0, 60, 512, (0, 1, 2), "cifar10"),
     )
 }
 
 
+# Where runs are trained: in this process, one after the other, or by Ray, several at a time.
+EXECUTORS = ("local", "ray")
+
+
 @dataclass(frozen=True)
 class Study:
-    """One study: a profile on a dataset, the folders it uses and the device it runs on."""
+    """One study: a profile on a dataset, the folders it uses, the device and the executor."""
 
     profile: Profile
     dataset: str
@@ -67,6 +72,8 @@ class Study:
     device: torch.device
     progress: str
     tensorboard: bool = False
+    executor: str = "local"
+    cores_per_run: int = 1
 
     @property
     def set_name(self) -> str:
@@ -129,8 +136,8 @@ def choose_device(wanted: str = "auto") -> torch.device:
 def study() -> Study:
     """Return the study that the environment asks for (read once a process).
 
-    Raises ValueError for an unknown PROFILE, DEVICE or PROGRESS. DATASET is checked when the
-    data is loaded.
+    Raises ValueError for an unknown PROFILE, DEVICE, PROGRESS, EXECUTOR or CORES_PER_RUN. DATASET
+    is checked when the data is loaded.
     """
     name = os.environ.get("PROFILE") or "quick"
     if name not in PROFILES:
@@ -139,6 +146,12 @@ def study() -> Study:
     progress = os.environ.get("PROGRESS") or "bar"
     if not re.fullmatch("bar|none|file:.+", progress):
         raise ValueError(f"PROGRESS={progress!r} is unknown; use bar, none or file:PATH")
+    executor = os.environ.get("EXECUTOR") or "local"
+    if executor not in EXECUTORS:
+        raise ValueError(f"EXECUTOR={executor!r} is unknown; use {' or '.join(EXECUTORS)}")
+    cores = os.environ.get("CORES_PER_RUN") or "1"
+    if not re.fullmatch("[1-9][0-9]{0,3}", cores):
+        raise ValueError(f"CORES_PER_RUN={cores!r}; use a whole number of CPU cores, 1 or more")
 
     def folder(variable: str, default: str) -> Path:
         return Path(os.environ.get(variable) or ROOT / default).expanduser().resolve()
@@ -152,6 +165,8 @@ def study() -> Study:
         device=choose_device(os.environ.get("DEVICE") or "auto"),
         progress=progress,
         tensorboard=os.environ.get("TENSORBOARD", "") not in ("", "0"),
+        executor=executor,
+        cores_per_run=int(cores),
     )
 
 
