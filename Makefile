@@ -8,14 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_PEERS := $(VENV)/.installed-peers
+INSTALLED_RAY := $(VENV)/.installed-ray
 
-.PHONY: help study test lab report runs publish address bench soak clean
+.PHONY: help study test test-scale lab report runs publish address bench soak clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make study     run the notebooks and build the report (PROFILE=smoke|quick|long|full,"
 	@echo "               DATASET=name or folder, NOTEBOOKS=\"01 02\" for some of them)"
 	@echo "make test      lint, unit tests, and every notebook compared with its outputs"
+	@echo "make test-scale  install Ray and run the tests of several processes and machines"
 	@echo "make lab       open JupyterLab in notebooks/"
 	@echo "make report    build the report of a study that has run"
 	@echo "make runs      list stored runs with their state and headline metrics"
@@ -36,7 +38,11 @@ $(INSTALLED_PEERS): $(INSTALLED) requirements-peers.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	@touch $@
 
-study: $(INSTALLED)
+$(INSTALLED_RAY): $(INSTALLED) pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[ray]"
+	@touch $@
+
+study: $(if $(filter ray,$(EXECUTOR)),$(INSTALLED_RAY),$(INSTALLED))
 	$(BIN)/python -m helpers.notebooks $(NOTEBOOKS)
 	$(if $(NOTEBOOKS),@echo "The report needs the results of all notebooks; then: make report",$(BIN)/python report/build.py)
 
@@ -44,6 +50,9 @@ test: $(INSTALLED_PEERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --nbval -n auto -q --durations=15
+
+test-scale: $(INSTALLED_RAY)
+	$(BIN)/python -m pytest -q --durations=5 tests/test_executors.py tests/test_data_parallel.py
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -61,7 +70,7 @@ publish: $(INSTALLED)
 address: $(INSTALLED)
 	$(BIN)/python -m helpers.notebooks --write-address
 
-bench: $(INSTALLED_PEERS)
+bench: $(INSTALLED_PEERS) $(INSTALLED_RAY)
 	$(BIN)/python -m benchmarks
 
 soak: $(INSTALLED)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from benchmarks import gradcam, training
+from benchmarks import executors, gradcam, training
 from helpers import config, runs
 
 
@@ -27,7 +27,8 @@ def main() -> int:
     ]
     path = Path(__file__).parent / "RESULTS.md"
     text = "\n".join(lines)
-    for benchmark in (training, gradcam):  # written after each, so that nothing measured is lost
+    for benchmark in (training, gradcam, executors):
+        # Written after each, so that nothing measured is lost.
         text += "\n" + benchmark.markdown()
         path.write_text(text.rstrip() + "\n")
     print(text)

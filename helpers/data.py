@@ -701,6 +701,9 @@ class ResidentLoader:
     The images are one uint8 tensor, reflect-padded once; every crop window is a view of it
     (`unfold`), so shuffling and cropping a batch are one gather. Batches have exactly
     `batch_size` images; an incomplete last one is left out, other images each epoch.
+
+    Of several processes that train one network together, `rank` of `ranks` gets its equal share of
+    each batch, from the same choices.
     """
 
     split: Split
@@ -711,6 +714,8 @@ class ResidentLoader:
     mirror: bool = True
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    ranks: int = 1
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -735,6 +740,13 @@ class ResidentLoader:
     def _labels(self) -> Tensor:
         return self.split.labels.to(self.device)
 
+    @functools.cached_property
+    def _share(self) -> Tensor:
+        """This rank's places in a batch: mirrored, so that the pairs of mixup stay together."""
+        places = torch.arange(self.batch_size, device=self.device)
+        pair = torch.minimum(places, self.batch_size - 1 - places)
+        return places[pair % self.ranks == self.rank]
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images B x 3 x H x W float32, labels) from batch `start` of an epoch.
 
@@ -756,7 +768,7 @@ class ResidentLoader:
         scale, offset = normalisation(self.mean, self.deviation, self.device)
         side = round(self.augmentation.cutout * self.image_size / 32)
         for batch in range(start, len(self)):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            chosen = order[batch * self.batch_size + self._share]
             shift = shifts[chosen]
             images = self._windows[chosen, shift[:, 0], shift[:, 1]]
             if self.augmentation.flip and self.mirror:
@@ -793,9 +805,10 @@ class StreamingLoader(ResidentLoader):
             len(self.split), self.augmentation, self.image_size, self.mirror, self.seed, epoch
         )
         used = choices.order[start * self.batch_size : len(self) * self.batch_size]
+        used = used.view(-1, self.batch_size)[:, self._share.cpu()].flatten()
         loader = torch.utils.data.DataLoader(
             _AugmentedImages(self, choices),
-            batch_size=self.batch_size,
+            batch_size=len(self._share),
             sampler=used.tolist(),
             num_workers=0 if self.device.type == "cpu" else 4,
             pin_memory=self.device.type == "cuda",
@@ -921,12 +934,21 @@ def make_loader(
     augmentation: Augmentation,
     seed: int,
     device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> ResidentLoader:
     """Return the loader of a dataset's training split: resident if it fits the device's memory.
 
     The split has to take less than half of the memory that is free now (CUDA), or than what the
     machine has in all (elsewhere), since the network and its activations need the rest.
+
+    Raises ValueError if several ranks can't share a batch equally, in pairs.
     """
+    if ranks > 1 and batch_size % (2 * ranks):
+        raise ValueError(
+            f"batch_size is {batch_size}; {ranks} processes need a multiple of {2 * ranks} to "
+            "share each batch equally"
+        )
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
@@ -939,6 +961,7 @@ def make_loader(
     needed = dataset.train.images.numel() * (1 + 2 * padding / dataset.image_size) ** 2
     kind = ResidentLoader if needed < free / 2 else StreamingLoader
     mean, deviation = dataset.channel_statistics
+    mirror = dataset.mirror
     return kind(
-        dataset.train, mean, deviation, batch_size, augmentation, dataset.mirror, seed, device
+        dataset.train, mean, deviation, batch_size, augmentation, mirror, seed, device, rank, ranks
     )

@@ -8,6 +8,7 @@ trains it. `python -m helpers.runs` lists what is stored.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -25,7 +26,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm.auto import tqdm
 
 from helpers import config
@@ -54,10 +55,12 @@ from helpers.training import (
     EpochRecord,
     Progress,
     Recipe,
+    Trained,
     TrainingDiverged,
     as_float,
     check,
     is_whole,
+    process_rank,
     train,
     write_atomically,
 )
@@ -134,7 +137,8 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Return what the key is made of: all fields, with a folder known by its name alone.
 
-        A scaled learning rate is added, so that another rule of scaling gives other keys. Fields that came later are left out where they have no effect, so that older keys stay.
+        A scaled learning rate is added, so that another rule of scaling gives other keys. Fields
+        that came later are left out where they have no effect, so that older keys stay.
         """
         values = asdict(self) | {"dataset": dataset_slug(self.dataset)}
         if self.recipe.reference_batch_size is not None:
@@ -312,6 +316,8 @@ def machine(device: torch.device) -> dict[str, str]:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{_processor()}, {torch.get_num_threads()} threads"
+    if process_rank()[1] > 1:
+        name = f"{process_rank()[1]} processes, each on {name}"
     return {
         "device": name,
         "dtype": str(config.compute_dtype(device)).removeprefix("torch."),
@@ -333,7 +339,7 @@ def _save_result(
     folder: Path,
     dataset: Dataset,
     model: nn.Module,
-    trained: Any,
+    trained: Trained,
     device: torch.device,
 ) -> None:
     """Evaluate a trained network and write its files, result.json last."""
@@ -476,26 +482,9 @@ def load_or_train(
                 f"this run failed before: {reason} Change a setting, or delete {folder} to try the "
                 "same again."
             )
-        dataset = run.load_data(study.data_dir)
         write_atomically(folder / "run.json", json.dumps(asdict(run), indent=1).encode())
-        model = _starting_network(run, dataset, study)
-        factor = run.start.rate_factor if isinstance(run.start, Transfer) else 1.0
         try:
-            trained = train(
-                model,
-                dataset,
-                run.recipe,
-                epochs=run.epochs,
-                seed=run.seed,
-                patience=run.patience,
-                rate_factor=factor,
-                device=study.device,
-                folder=folder,
-                identity=run.key,
-                checkpoint_seconds=checkpoint_seconds,
-                on_progress=on_progress,
-                on_epoch=_tensorboard(folder) if study.tensorboard else None,
-            )
+            dataset, model, trained = _train(run, study, folder, checkpoint_seconds, on_progress)
         except TrainingDiverged as error:
             write_atomically(failed, json.dumps({"error": str(error)}).encode())
             raise
@@ -504,6 +493,34 @@ def load_or_train(
         return load_result(run, folder)
     finally:
         lock.release()
+
+
+def _train(
+    run: Run,
+    study: Study,
+    folder: Path,
+    checkpoint_seconds: float = 30.0,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> tuple[Dataset, nn.Module, Trained]:
+    """Train a run's network; return its data, the network and what `training.train` returns."""
+    dataset = run.load_data(study.data_dir)
+    model = _starting_network(run, dataset, study)
+    trained = train(
+        model,
+        dataset,
+        run.recipe,
+        epochs=run.epochs,
+        seed=run.seed,
+        patience=run.patience,
+        rate_factor=run.start.rate_factor if isinstance(run.start, Transfer) else 1.0,
+        device=study.device,
+        folder=folder,
+        identity=run.key,
+        checkpoint_seconds=checkpoint_seconds,
+        on_progress=on_progress,
+        on_epoch=_tensorboard(folder) if study.tensorboard else None,
+    )
+    return dataset, model, trained
 
 
 def _starting_network(run: Run, dataset: Dataset, study: Study) -> nn.Module:
@@ -545,17 +562,66 @@ def _tensorboard(folder: Path) -> Callable[[EpochRecord], None]:
 
 
 def train_all(
-    runs: Sequence[Run], study: Study | None = None, *, title: str = "runs"
+    runs: Sequence[Run],
+    study: Study | None = None,
+    *,
+    title: str = "runs",
+    executor: str | None = None,
 ) -> dict[Run, Result]:
-    """Load or train runs in their order, showing progress; return their Results by Run."""
+    """Load or train runs, showing progress; return their Results by Run.
+
+    `executor` (None: the study's) is "local", one after the other in this process, or "ray", see
+    `helpers.executors`.
+    """
     study = study or config.study()
+    executor = executor or study.executor
+    check("executor", executor, executor in config.EXECUTORS, " or ".join(config.EXECUTORS))
     results = {}
     with _Display(runs, study, title) as display:
+        if executor == "ray" and display.todo:
+            from helpers.executors import train_with_ray  # Ray is optional
+
+            longest_first = sorted(display.todo, key=_cost, reverse=True)
+            train_with_ray(longest_first, study, display)
         for run in dict.fromkeys(runs):
             display.begin(run)
-            results[run] = load_or_train(run, study, on_progress=display.update)
+            shown = functools.partial(display.update, run)
+            results[run] = load_or_train(run, study, on_progress=shown)
             display.finish(run)
     return results
+
+
+def train_together(run: Run, study: Study) -> Result | None:
+    """Train one run in all the processes that torchrun started; the first returns the Result.
+
+    Each process has a GPU of its own, or its share of the CPU. All need the same RUNS_DIR. A run
+    that this one starts from is trained first. For what differs from training in one process see
+    `training.train`.
+    """
+    on_gpu = study.device.type == "cuda"
+    if on_gpu:
+        study = replace(study, device=torch.device("cuda", distributed.get_node_local_rank()))
+        torch.cuda.set_device(study.device)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        for each in (*_sources(run), run):
+            folder = study.runs_dir / each.key
+            finished = [(folder / "result.json").exists()]
+            distributed.broadcast_object_list(finished, 0)
+            if not finished[0] and distributed.get_rank():
+                _train(each, study, folder)
+            elif not finished[0]:
+                train_all([each], study, executor="local")
+            distributed.barrier()
+        return load_or_train(run, study) if distributed.get_rank() == 0 else None
+    finally:
+        distributed.destroy_process_group()
+
+
+def _sources(run: Run) -> list[Run]:
+    """Return the runs that a run starts from, the first one first."""
+    source = getattr(run.start, "source", None)
+    return [*_sources(source), source] if isinstance(source, Run) else []
 
 
 SECONDS_BETWEEN_LINES = 30
@@ -570,7 +636,7 @@ def _can_redraw() -> bool:
 
 
 class _Display:
-    """Progress of several runs: a bar of runs, a bar of the current one, and the time left.
+    """Progress of several runs: a bar of runs, one of each that is trained now, and the time left.
 
     Where nothing can be redrawn (a log file, a pipe), a plain line for each run and one every half
     minute. Time left comes from the measured speed of this call's runs: each run's cost is its
@@ -584,9 +650,10 @@ class _Display:
         self.count, self.done = len(self.todo), 0
         self.costs = {run: _cost(run) for run in self.todo} if study.progress != "none" else {}
         self.spent_cost, self.begun = 0.0, time.monotonic()
-        self.run: Run | None = None
+        self.shares: dict[Run, float] = {}  # how much of each run in training is done
+        self.finished: set[Run] = set()
+        self.bars: dict[Run, Any] = {}
         self.outer: Any = None
-        self.inner: Any = None
         self.lines = study.progress == "bar" and not _can_redraw()
         self.last_line = 0.0
 
@@ -596,48 +663,49 @@ class _Display:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for bar in (self.inner, self.outer):
+        for bar in (*self.bars.values(), self.outer):
             if bar is not None:
                 bar.close()
         if self.study.progress.startswith("file:"):
             Path(self.study.progress.removeprefix("file:")).unlink(missing_ok=True)
 
     def begin(self, run: Run) -> None:
-        self.run = run if run in self.todo else None
-        if self.run is None:
+        if run not in self.todo or run in self.finished or run in self.shares:
             return
+        self.shares[run] = 0.0
         if self.outer is not None:
-            self.inner = tqdm(total=run.epochs, desc=run.label(), unit="epoch", leave=False)
+            self.bars[run] = tqdm(total=run.epochs, desc=run.label(), unit="epoch", leave=False)
         elif self.lines:
-            self._line(f"{run.epochs} epochs")
+            self._line(run, f"{run.epochs} epochs")
 
-    def _line(self, text: str) -> None:
-        assert self.run is not None
+    def _line(self, run: Run, text: str) -> None:
         number = f"{self.title} {self.done + 1}/{self.count}"
-        print(f"{number}: {self.run.label()}, {text}", file=sys.stderr, flush=True)
+        print(f"{number}: {run.label()}, {text}", file=sys.stderr, flush=True)
         self.last_line = time.monotonic()
 
-    def update(self, progress: Progress) -> None:
-        if self.run is None or self.study.progress == "none":
+    def update(self, run: Run, progress: Progress) -> None:
+        if run not in self.shares or self.study.progress == "none":
             return
         share = (progress.epoch - 1 + progress.step / progress.steps) / progress.epochs
-        left = self._seconds_left(share)
+        self.shares[run] = share
+        left = self._seconds_left()
         state = (
             f"loss {progress.loss:.3f}, accuracy {100 * progress.accuracy:.1f} %, "
             f"{progress.images_per_second:,.0f} images/s"
         )
-        if self.inner is not None:
-            self.inner.n = round(share * progress.epochs, 1)
-            self.inner.set_postfix_str(state)
+        if run in self.bars:
+            self.bars[run].n = round(share * progress.epochs, 1)
+            self.bars[run].set_postfix_str(state)
             self.outer.set_postfix_str(f"{left:.0f} s left" if left is not None else "")
         elif self.lines:
             if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
                 remaining = f", {left:.0f} s left" if left is not None else ""
-                self._line(f"epoch {progress.epoch}/{progress.epochs}, {state}{remaining}")
+                self._line(run, f"epoch {progress.epoch}/{progress.epochs}, {state}{remaining}")
         elif self.study.progress.startswith("file:"):
+            others = len(self.shares) - 1
             text = {
                 "title": self.title,
-                "run": self.run.label(),
+                "run": run.label() + (f" (and {others} more at a time)" if others else ""),
                 "number": self.done + 1,
                 "count": self.count,
                 "epoch": progress.epoch,
@@ -651,17 +719,17 @@ class _Display:
             temporary.replace(path)
 
     def finish(self, run: Run) -> None:
-        if self.run is None:
+        if self.shares.pop(run, None) is None:
             return
         self.done += 1
+        self.finished.add(run)
         self.spent_cost += self.costs.get(run, 0.0)
-        if self.inner is not None:
-            self.inner.close()
+        if run in self.bars:
+            self.bars.pop(run).close()
             self.outer.update()
 
-    def _seconds_left(self, share: float) -> float | None:
-        assert self.run is not None
-        spent = self.spent_cost + share * self.costs[self.run]
+    def _seconds_left(self) -> float | None:
+        spent = self.spent_cost + sum(s * self.costs[run] for run, s in self.shares.items())
         elapsed = time.monotonic() - self.begun
         if not spent or elapsed < 2:
             return None

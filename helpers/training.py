@@ -7,21 +7,28 @@ names (RECIPES).
 
 What makes it fast is named where it happens: channels_last, autocast, a fused optimizer, no
 synchronisation inside an epoch, and on CUDA a network compiled once into CUDA graphs.
+
+Several processes can train one network together, each on its share of every batch:
+
+    torchrun --nproc-per-node=4 -m helpers.training RUN.json
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
 import hashlib
 import io
+import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +36,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from helpers.config import compute_dtype
 from helpers.data import NO_AUGMENTATION, Augmentation, Dataset, make_loader
@@ -252,7 +259,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from error
 
 
-CHECKPOINT_FORMAT = b"resnet-study checkpoint 1\n"
+CHECKPOINT_FORMAT = b"resnet-study checkpoint 2\n"
 
 
 class CheckpointError(RuntimeError):
@@ -394,6 +401,18 @@ def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
+# Processes that train together agree this often on checkpoints and on stopping: it waits for the
+# device and the network.
+STEPS_BETWEEN_AGREEMENTS = 10
+
+
+def process_rank() -> tuple[int, int]:
+    """Return this process's number and how many train together: (0, 1) if it trains alone."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
 # Where compiling pays: on a CPU it gains nothing and costs up to a minute.
 COMPILED_DEVICES = ("cuda",)
 
@@ -466,11 +485,17 @@ def train(
     if resume.pt is there, and of this `identity`, the run goes on from it. SIGINT (Ctrl-C, a
     notebook's interrupt button) and SIGTERM write a checkpoint and then end the run.
 
+    If torch.distributed is initialised, its processes train the network together: each takes its
+    share of every batch, gradients are averaged, and the first process validates and writes the
+    checkpoints. Batch norm uses the statistics of a process's own share; its running statistics
+    are the first process's. Dropout differs between processes. Nothing is compiled.
+
     On the same machine and software, weights and history are the same bit for bit (but for
     seconds), however often the run was cut off. The state of torch's global generators is put
     back afterwards.
 
-    Raises ValueError for a batch larger than the training split, TrainingDiverged when the loss
+    Raises ValueError for a batch larger than the training split, or one that the processes can't
+    share equally, TrainingDiverged when the loss
     isn't finite, OutOfMemory, and CheckpointError for a resume.pt that can't be used.
     """
     device = device or torch.device("cpu")
@@ -526,8 +551,14 @@ class _Loop:
         # channels_last: convolutions read all channels of a pixel together.
         self.original = model.to(device, memory_format=torch.channels_last)
         self.model, self.forward = self.original, self.original
-        if device.type in COMPILED_DEVICES:
+        self.rank, self.ranks = process_rank()
+        self.compiled = device.type in COMPILED_DEVICES and self.ranks == 1
+        if self.compiled:
             self.model, self.forward = _compile_once(self.original)
+            self.compiled = self.forward is not self.model
+        elif self.ranks > 1:
+            device_ids = [device] if device.type == "cuda" else None
+            self.forward = nn.parallel.DistributedDataParallel(self.original, device_ids)
         self.optimizer = make_optimizer(self.model, recipe, rate_factor)
         # float16's small range needs a scaled loss; bfloat16 and float32 don't.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -537,6 +568,8 @@ class _Loop:
             augmentation=recipe.augmentation,
             seed=seed,
             device=device,
+            rank=self.rank,
+            ranks=self.ranks,
         )
         self.epoch, self.step = 0, 0  # the next step to take
         self.sums = self._new_sums()
@@ -546,7 +579,10 @@ class _Loop:
         self.seconds, self.epoch_seconds = 0.0, 0.0
 
     def _new_sums(self) -> Tensor:
-        """Return the epoch's sums, kept on the device: loss, correct, first step not finite."""
+        """Return the epoch's sums, kept on the device: loss, correct, first step not finite.
+
+        Of several processes each has its own; losses are divided by their number.
+        """
         return torch.tensor(
             [0.0, 0.0, math.inf],
             dtype=torch.float64 if self.device.type != "mps" else torch.float32,
@@ -562,31 +598,60 @@ class _Loop:
         on_epoch: Callable[[EpochRecord], None] | None,
         stop: list[int],
     ) -> Trained:
-        _seed_all(self.seed)
+        _seed_all(self.seed + self.rank)
         if self.folder is not None and (self.folder / "resume.pt").exists():
             self._restore(load_checkpoint(self.folder / "resume.pt", self.identity))
+        self._check_same_place()
         last_checkpoint = time.monotonic()
         while self.epoch < self.epochs and not self._out_of_patience():
             for _ in self._epoch_steps(on_progress):
-                if stop or time.monotonic() - last_checkpoint >= checkpoint_seconds:
+                if self.ranks > 1 and self.step % STEPS_BETWEEN_AGREEMENTS:
+                    continue
+                due = time.monotonic() - last_checkpoint >= checkpoint_seconds
+                due, signalled = self._agree(due, stop)
+                if due or signalled:
                     self._save()
                     last_checkpoint = time.monotonic()
-                if stop:
-                    self._end(stop[0])
+                if signalled:
+                    self._end(signalled)
             self._finish_epoch()
             if on_epoch:
                 on_epoch(self.history[-1])
-            if stop or time.monotonic() - last_checkpoint >= checkpoint_seconds / 10:
+            due = time.monotonic() - last_checkpoint >= checkpoint_seconds / 10
+            due, signalled = self._agree(due, stop)
+            if due or signalled:
                 self._save()
                 last_checkpoint = time.monotonic()
-            if stop:
-                self._end(stop[0])
+            if signalled:
+                self._end(signalled)
         stopped_early = self.epoch < self.epochs
         if self.patience is not None and self.best is not None:
             self.model.load_state_dict(self.best)
         if self.model is not self.original:
             self.original.load_state_dict(self.model.state_dict())
         return Trained(tuple(self.history), self.best_epoch, stopped_early, self.seconds)
+
+    def _agree(self, due: bool, stop: list[int]) -> tuple[bool, int]:
+        """Return whether a checkpoint is due, and the signal to stop on (0: none).
+
+        Processes that train together do both at the same step: the first one's clock decides, and
+        a signal to any of them counts.
+        """
+        signalled = stop[0] if stop else 0
+        if self.ranks == 1:
+            return due, signalled
+        told = torch.tensor([due and self.rank == 0, signalled], device=self.device)
+        distributed.all_reduce(told, distributed.ReduceOp.MAX)
+        due, signalled = told.tolist()
+        return bool(due), signalled
+
+    def _total(self) -> Tensor:
+        """Return the epoch's sums over all processes."""
+        total = self.sums.clone()
+        if self.ranks > 1:
+            distributed.all_reduce(total[:2], distributed.ReduceOp.SUM)
+            distributed.all_reduce(total[2:], distributed.ReduceOp.MIN)
+        return total
 
     def _epoch_steps(self, on_progress: Callable[[Progress], None] | None) -> Iterator[None]:
         """Train on the rest of the epoch, yielding after each step."""
@@ -620,7 +685,7 @@ class _Loop:
         rate = learning_rate_at(self.recipe, step, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
-        if self.forward is not self.model:
+        if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self._logits(images)
@@ -637,37 +702,32 @@ class _Loop:
             classes = labels if labels.ndim == 1 else labels.argmax(1)
             correct = (logits.argmax(1) == classes).sum()
             bad = torch.where(torch.isfinite(loss), math.inf, float(self.step))
-            self.sums[0] += loss
+            self.sums[0] += loss / self.ranks
             self.sums[1] += correct
             self.sums[2] = torch.minimum(self.sums[2], bad.to(self.sums.dtype))
 
     def _logits(self, images: Tensor) -> Tensor:
         """Run the network; if its compiled form fails, warn once and go on without."""
-        if self.forward is self.model:
-            return self.model(images)
+        if not self.compiled:
+            return self.forward(images)
         try:
             return self.forward(images)
         except Exception as error:
             if any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS):
                 raise
             _give_up_compiling(_structure(self.original), self.model, error)
-            self.forward = self.model
+            self.forward, self.compiled = self.model, False
             return self.model(images)
 
     def _finish_epoch(self) -> None:
         """Validate, record the epoch, and remember the best weights."""
         begun = time.perf_counter()
         steps = len(self.loader)
-        loss_sum, correct, bad_step = self.sums.tolist()
+        loss_sum, correct, bad_step = self._total().tolist()
         rate = learning_rate_at(self.recipe, (self.epoch + 1) * steps - 1, self.epochs * steps)
         if math.isfinite(bad_step):
             self._diverged("training", int(bad_step) + 1)
-        logits = predict(
-            self.model,
-            self.dataset.validation,
-            *self.dataset.channel_statistics,
-            dtype=self.dtype,
-        )
+        logits = self._validate()
         labels = self.dataset.validation.labels
         validation_loss = float(F.cross_entropy(logits, labels))
         if not math.isfinite(validation_loss):
@@ -693,8 +753,21 @@ class _Loop:
                 self.best = {name: value.detach().cpu().clone() for name, value in state.items()}
         self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
         self.sums = self._new_sums()
-        if self.folder is not None:
+        if self.folder is not None and self.rank == 0:
             write_atomically(self.folder / "history.csv", history_csv(self.history))
+
+    def _validate(self) -> Tensor:
+        """Return the logits of the validation images; those of the first process for all."""
+        if self.ranks > 1:
+            for buffer in self.model.buffers():
+                distributed.broadcast(buffer, 0)
+        statistics = self.dataset.channel_statistics
+        logits = predict(self.model, self.dataset.validation, *statistics, dtype=self.dtype)
+        if self.ranks > 1:
+            shared = logits.to(self.device)
+            distributed.broadcast(shared, 0)
+            logits = shared.cpu()
+        return logits
 
     def _out_of_patience(self) -> bool:
         return self.patience is not None and self.epoch - self.best_epoch >= self.patience
@@ -710,7 +783,7 @@ class _Loop:
         )
 
     def _progress(self) -> Progress:
-        loss_sum, correct, _ = self.sums.tolist()
+        loss_sum, correct, _ = (self.sums * self.ranks).tolist()
         done = max(1, self.step)
         return Progress(
             epoch=self.epoch + 1,
@@ -727,15 +800,22 @@ class _Loop:
     def _save(self) -> None:
         if self.folder is None:
             return
+        generators = [_generator_states(self.device)]
+        total = self._total()
+        if self.ranks > 1:
+            mine, generators = generators[0], [None] * self.ranks
+            distributed.all_gather_object(generators, mine)
+            if self.rank:
+                return
         state = {
             "identity": self.identity,
             "epoch": self.epoch,
             "step": self.step,
-            "sums": self.sums,
+            "sums": total,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "generators": _generator_states(self.device),
+            "generators": generators,
             "history": [asdict(record) for record in self.history],
             "best": self.best,
             "best_epoch": self.best_epoch,
@@ -749,13 +829,29 @@ class _Loop:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        _restore_generators(state["generators"], self.device)
+        if self.rank < len(state["generators"]):  # else there are more processes than before
+            _restore_generators(state["generators"][self.rank], self.device)
         self.epoch, self.step = state["epoch"], state["step"]
-        self.sums = state["sums"].to(self.device)
+        shares = torch.tensor([1 / self.ranks, 1 / self.ranks, 1.0], dtype=state["sums"].dtype)
+        self.sums = (state["sums"] * shares).to(self.device)
         self.history = [EpochRecord(**record) for record in state["history"]]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.best_loss = state["best_loss"]
         self.seconds, self.epoch_seconds = state["seconds"], state["epoch_seconds"]
+
+    def _check_same_place(self) -> None:
+        """Raise CheckpointError unless all processes found the same checkpoint."""
+        if self.ranks == 1:
+            return
+        place = torch.tensor([self.epoch, self.step], device=self.device)
+        ends = torch.cat([place, -place])
+        distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+        if not torch.equal(ends[:2], -ends[2:]):
+            raise CheckpointError(
+                f"process {self.rank} would go on from epoch {self.epoch + 1}, step {self.step}, "
+                f"another from elsewhere: {self.folder} isn't the same folder for all. Set "
+                "RUNS_DIR to one that all machines share."
+            )
 
     def _end(self, number: int) -> None:
         """Leave after a signal, as the signal would have without a handler."""
@@ -772,3 +868,34 @@ def history_csv(history: list[EpochRecord]) -> bytes:
     writer.writeheader()
     writer.writerows(asdict(record) for record in history)
     return text.getvalue().encode()
+
+
+# --- From the command line ---------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train the Run of a JSON file, under torchrun in all its processes; return the exit code."""
+    from helpers import config, runs  # above this module: they say where a result is kept
+
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.training", description="Train one run; with torchrun, together."
+    )
+    parser.add_argument("run", type=Path, help="a run.json, as in the folders under runs/")
+    path = parser.parse_args(arguments).run
+    try:
+        run = runs.run_from_dict(json.loads(path.read_text()))
+        study = config.study()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{path} can't be read as a run: {error!r}", file=sys.stderr)
+        return 2
+    if not distributed.is_torchelastic_launched():
+        result = runs.train_all([run], study)[run]
+    else:
+        result = runs.train_together(run, study)
+    if result is not None:
+        print(f"test accuracy {100 * result.test_accuracy:.2f} %, stored in {result.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -363,9 +363,9 @@ def test_a_checkpoint_of_another_run(attempt: Attempt, interrupted: Path) -> Non
 
 
 def test_a_checkpoint_of_an_older_format(attempt: Attempt, interrupted: Path) -> None:
-    content = interrupted.read_bytes().replace(b"checkpoint 1\n", b"checkpoint 0\n", 1)
+    content = interrupted.read_bytes().replace(b"checkpoint 2\n", b"checkpoint 1\n", 1)
     interrupted.write_bytes(content)
-    assert_refused(attempt, interrupted, "begins with b'resnet-study checkpoint 0'")
+    assert_refused(attempt, interrupted, "begins with b'resnet-study checkpoint 1'")
 
 
 def test_deleting_a_bad_checkpoint_is_the_remedy(attempt: Attempt, interrupted: Path) -> None:
