@@ -12,7 +12,9 @@ _OWN = "RESNET_STUDY_TEST_FOLDER"
 if _OWN not in os.environ:
     folder = tempfile.mkdtemp(prefix="resnet-study-test-")
     os.environ[_OWN] = folder
-    os.environ.setdefault("PROFILE", "smoke")
+    # A profile exported for a study would turn the tests into hours of training.
+    os.environ["PROFILE"] = "smoke"
+    os.environ["EXECUTOR"] = "local"
     os.environ.setdefault("DATASET", "shapes")
     os.environ["RUNS_DIR"] = f"{folder}/runs"
     os.environ["ANALYSIS_DIR"] = f"{folder}/analysis"
