@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_PEERS := $(VENV)/.installed-peers
 INSTALLED_RAY := $(VENV)/.installed-ray
 
-.PHONY: help study test test-scale lab report runs publish address bench soak clean
+.PHONY: help study test test-scale lab report runs publish address bench soak faults clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make runs      list stored runs with their state and headline metrics"
 	@echo "make bench     measure speed against reference loops and peer libraries"
 	@echo "make soak      kill a training 100 times and compare with the uninterrupted one"
+	@echo "make faults    plant deliberate faults in helpers/ and see whether the tests notice"
 	@echo "make publish   run the study; replace notebooks/, report.pdf and README tables by it"
 	@echo "make address   write the repository address of pyproject.toml into the notebooks"
 	@echo "make clean     remove the environment (runs and results stay)"
@@ -75,6 +76,9 @@ bench: $(INSTALLED_PEERS) $(INSTALLED_RAY)
 
 soak: $(INSTALLED)
 	$(BIN)/python -m benchmarks.soak --kills 100
+
+faults: $(INSTALLED_PEERS)
+	$(BIN)/python -m benchmarks.faults
 
 clean:
 	rm -rf $(VENV)
