@@ -392,7 +392,7 @@ FAULTS = (
         ),
         (
             "a checkpoint of another run is taken",
-            'if state["identity"] != identity:',
+            "if found != identity:",
             "if False:",
         ),
         (

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers.config import images_at_once
 from helpers.evaluation import Interval, bootstrap_interval
 from helpers.gradcam import undisturbed
 
-BATCH = 256  # images in one forward pass
+BATCH = 256  # images in one forward pass at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,10 +304,11 @@ def _probabilities(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(
             f"expected a class for each of {len(images)} images; got {tuple(targets.shape)}."
         )
+    at_once = images_at_once(images.device, *images.shape[-2:], BATCH)
     with undisturbed(model) as network:
         found = [
             network(chunk).double().softmax(1).gather(1, chosen[:, None].long())[:, 0]
-            for chunk, chosen in zip(images.split(BATCH), targets.split(BATCH), strict=True)
+            for chunk, chosen in zip(images.split(at_once), targets.split(at_once), strict=True)
         ]
         return torch.cat(found)
 
@@ -460,8 +462,9 @@ def compare(
 
 def _check(maps: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Maps in float64 and masks on their device; no masks are taken for full ones."""
-    if maps.ndim != 3 or not maps.numel():
-        raise ValueError(f"maps must be N x H x W and not empty; got {tuple(maps.shape)}.")
+    if not isinstance(maps, Tensor) or maps.ndim != 3 or not maps.numel():
+        found = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        raise ValueError(f"maps must be a tensor N x H x W and not empty; got {found}.")
     maps = maps.double()
     if not torch.isfinite(maps).all() or maps.min() < 0:
         raise ValueError(

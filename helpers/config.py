@@ -14,6 +14,7 @@ trains several runs at a time, on a CPU with CORES_PER_RUN cores each (helpers/e
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -22,6 +23,36 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- Settings ----------------------------------------------------------------------------------
+
+
+def check(name: str, value: object, allowed: bool, expected: str) -> None:
+    """Raise ValueError, naming the setting and what is expected, unless it's allowed."""
+    if not allowed:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def is_whole(value: object, lowest: int = 1) -> bool:
+    """Tell whether a setting is an int (not a bool, not 3.0) of at least `lowest`."""
+    return type(value) is int and value >= lowest
+
+
+def as_float(name: str, value: object) -> float:
+    """Return a number as a float, so that equal settings (1 and 1.0) are written the same.
+
+    Raises ValueError, naming the setting, for what isn't a number.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    check(name, value, is_number, "a number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+# --- Studies -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -93,7 +124,7 @@ class Study:
 
 def dataset_slug(dataset: str) -> str:
     """Return a name fit for files: a dataset's own name, or the last part of a folder's path."""
-    name = Path(dataset).expanduser().resolve().name if is_path(dataset) else dataset
+    name = Path(os.path.expanduser(dataset)).resolve().name if is_path(dataset) else dataset
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return slug or "folder"
 
@@ -154,7 +185,7 @@ def study() -> Study:
         raise ValueError(f"CORES_PER_RUN={cores!r}; use a whole number of CPU cores, 1 or more")
 
     def folder(variable: str, default: str) -> Path:
-        return Path(os.environ.get(variable) or ROOT / default).expanduser().resolve()
+        return Path(os.path.expanduser(os.environ.get(variable) or ROOT / default)).resolve()
 
     return Study(
         profile=profile,
@@ -184,3 +215,21 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, check, bool)() for check in checks)
     return torch.bfloat16 if device.type == "cpu" and native else torch.float32
+
+
+# What the layers of a network hand on fits a processor's cache up to about so many pixels, or so
+# many of large images, which networks begin by shrinking (measured: benchmarks/RESULTS.md).
+PIXELS_AT_ONCE, PIXELS_AT_ONCE_IF_LARGE = 2**16, 2**18
+LARGE_IMAGE = 64 * 64
+
+
+def images_at_once(device: torch.device, height: int, width: int, most: int) -> int:
+    """Return how many images to send through a network at a time where it makes no difference.
+
+    That is `most`, but fewer on a CPU: 64 of 32 x 32 pixels, and at least 4.
+    """
+    if device.type != "cpu":
+        return most
+    pixels = height * width
+    budget = PIXELS_AT_ONCE if pixels <= LARGE_IMAGE else PIXELS_AT_ONCE_IF_LARGE
+    return min(most, max(4, budget // pixels))

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from helpers import shapes
-from helpers.config import ROOT, dataset_slug, is_path
+from helpers.config import ROOT, as_float, check, dataset_slug, is_path, is_whole
 
 VALIDATION_SHARE = 0.1  # of the training images, for datasets without a validation split
 TEST_SHARE = 0.2  # of all images, for folders without test/
@@ -384,8 +384,15 @@ def _class_folders(folder: Path) -> dict[str, Path]:
 
 def _image_files(folder: Path) -> list[Path]:
     """Return a class's files, sorted by name; hidden ones and folders don't count."""
+
+    def counts(entry: os.DirEntry) -> bool:
+        try:
+            return not entry.name.startswith(".") and entry.is_file()
+        except OSError:  # a symbolic link to itself
+            return False
+
     with os.scandir(folder) as entries:  # asks the disk once a folder, not once a file
-        names = [e.name for e in entries if not e.name.startswith(".") and e.is_file()]
+        names = [entry.name for entry in entries if counts(entry)]
     return [folder / name for name in sorted(names)]
 
 
@@ -572,18 +579,20 @@ def load_dataset(
     name, a bad layout, an unreadable image (named), mixed sizes without `image_size`, a damaged
     cache, or more images asked for than there are.
     """
-    if image_size is not None and not 8 <= image_size <= 4096:
-        raise ValueError(f"image_size is {image_size}; expected 8 to 4096 pixels, or None")
+    whole_name = isinstance(name, str) and name != "" and "\0" not in name
+    check("dataset", name, whole_name, f"one of {', '.join(DATASETS)}, or a folder's path")
+    allowed = image_size is None or (is_whole(image_size, 8) and image_size <= 4096)
+    check("image_size", image_size, allowed, "8 to 4096 pixels, or None")
     sizes = (train_size, validation_size, test_size)
     for split, size in zip(SPLITS, sizes, strict=True):
-        if size is not None and size < 1:
-            raise ValueError(f"{split}_size is {size}; expected a positive number, or None for all")
+        allowed = size is None or is_whole(size)
+        check(f"{split}_size", size, allowed, "a positive whole number, or None for all")
     if name in ("shapes", "shapes-marked"):
         dataset = _shapes_dataset(name, image_size, sizes, Path(data_dir))
     elif name in DATASETS:
         dataset = _real_dataset(name, image_size, Path(data_dir).resolve())
     elif is_path(name):
-        root = Path(name).expanduser().resolve()
+        root = Path(os.path.expanduser(name)).resolve()
         state = _folder_state(root)
         dataset = _folder_dataset(name, root, image_size, Path(data_dir).resolve(), state)
     else:
@@ -634,16 +643,16 @@ class Augmentation:
     mixup: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.colour_jitter < 1 or not 0 <= self.mixup <= 10:
-            raise ValueError(
-                f"colour_jitter is {self.colour_jitter} and mixup {self.mixup}; expected 0 to "
-                "below 1 and 0 to 10"
-            )
-        if not 0 <= self.crop_padding <= 16 or not 0 <= self.cutout <= 32:
-            raise ValueError(
-                f"crop_padding is {self.crop_padding} and cutout {self.cutout}; expected 0 to 16 "
-                "and 0 to 32 (pixels at image size 32)"
-            )
+        for name in ("flip", "trivial_augment"):
+            value = getattr(self, name)
+            check(name, value, isinstance(value, bool), "True or False")
+        for name, largest in (("crop_padding", 16), ("cutout", 32)):
+            value = getattr(self, name)
+            allowed = is_whole(value, 0) and value <= largest
+            check(name, value, allowed, f"0 to {largest} (pixels at image size 32)")
+        jitter, mixup = as_float("colour_jitter", self.colour_jitter), as_float("mixup", self.mixup)
+        check("colour_jitter", jitter, 0 <= jitter < 1, "0 to below 1")
+        check("mixup", mixup, 0 <= mixup <= 10, "0 to 10")
 
 
 NO_AUGMENTATION = Augmentation(flip=False, crop_padding=0, cutout=0)

@@ -21,8 +21,11 @@ from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers.config import images_at_once
 from helpers.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from helpers.data import Split, normalise
+
+BATCH = 500  # images in one forward pass at most
 
 
 @contextmanager
@@ -49,7 +52,6 @@ def predict(
     mean: Tensor,
     deviation: Tensor,
     *,
-    batch_size: int = 500,
     dtype: torch.dtype = torch.float32,
     mirror: bool = False,
 ) -> Tensor:
@@ -60,9 +62,10 @@ def predict(
     both logits is test-time augmentation, to be reported apart from the plain figure.
     """
     device = device_of(model)
+    at_once = images_at_once(device, *split.images.shape[-2:], BATCH)
     logits = []
     with mode(model, training=False):
-        for images in split.images.split(batch_size):
+        for images in split.images.split(at_once):
             batch = normalise(images.to(device), mean, deviation)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 out = model(batch.flip(-1) if mirror else batch)

@@ -38,10 +38,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from helpers.config import images_at_once
+
 Target = int | Sequence[int] | Tensor | str | Callable[[Tensor], Tensor] | None
 Layer = str | nn.Module
 
-# More images than this are explained in parts, so that memory stays bounded.
+# More images than this, on a CPU fewer, are explained in parts: memory stays bounded.
 IMAGES_AT_ONCE = 128
 
 # From this many pixels on, convolutions on a CPU are faster on images in channels_last order.
@@ -251,19 +253,20 @@ def cam(
     Raises:
         ValueError: unknown method, layer or size; a layer without spatial extent, of another model
             or without influence on the score; classes out of range or too few; NaN or infinite
-            images, logits or maps; logits of another shape.
+            images, logits or maps; logits of another shape; images that the model fails on.
         TypeError: images that are no floating-point tensor, or classes that are no integers.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
-    if size not in ("input", "layer"):
+    if not isinstance(size, str) or size not in ("input", "layer"):
         raise ValueError(f"size must be 'input' or 'layer', not {size!r}.")
     model = _unwrap(model)
     names = _layer_names(model, layers)
     images = _check_images(model, images)
-    if len(images) > IMAGES_AT_ONCE:
-        targets = _split_target(target, len(images))
-        parts = zip(images.split(IMAGES_AT_ONCE), targets, strict=False)
+    at_once = images_at_once(images.device, *images.shape[-2:], IMAGES_AT_ONCE)
+    if len(images) > at_once:
+        targets = _split_target(target, len(images), at_once)
+        parts = zip(images.split(at_once), targets, strict=False)
         options = {"size": size, "normalise": normalise}
         results = [cam(model, x, t, layers, method, **options) for x, t in parts]
         return _join(results, all_classes=isinstance(target, str))
@@ -312,15 +315,15 @@ def cam(
     )
 
 
-def _split_target(target: Target, count: int) -> Iterable[Target]:
-    """The target of each part of a batch of `count` images."""
+def _split_target(target: Target, count: int, at_once: int) -> Iterable[Target]:
+    """The target of each part, of `at_once` images, of a batch of `count`."""
     if target is None or callable(target) or isinstance(target, str):
         return itertools.repeat(target)
-    classes = torch.as_tensor(target)
+    classes = _as_classes(target)
     if classes.ndim == 0:
         return itertools.repeat(target)
     _check_target_count(classes, count)
-    return classes.split(IMAGES_AT_ONCE)
+    return classes.split(at_once)
 
 
 def _join(parts: list[CamResult], all_classes: bool) -> CamResult:
@@ -476,8 +479,12 @@ def _forward(
         try:
             output = model(_in_fast_order(images))
         except RuntimeError as error:
-            if "view size is not compatible" not in str(error):
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
+            if "view size is not compatible" not in str(error):
+                raise ValueError(
+                    f"the model fails on images of shape {tuple(images.shape)}: {error}"
+                ) from error
             # A network that flattens with view can't take channels_last.
             calls.update(dict.fromkeys(names, 0))
             output = model(images)
@@ -592,8 +599,11 @@ def _layer_names(model: nn.Module, layers: Layer | Sequence[Layer] | None) -> li
         return [default_layer(model)]
     if isinstance(layers, (str, nn.Module)):
         layers = [layers]
-    if not len(layers):
-        raise ValueError("layers is empty; pass at least one layer, or None for the default.")
+    if not isinstance(layers, Sequence) or not layers:
+        raise ValueError(
+            f"layers is {layers!r}; pass a name, a module, or a list of at least one, or None for "
+            "the default."
+        )
     names = []
     for layer in layers:
         name: str | None
@@ -607,7 +617,8 @@ def _layer_names(model: nn.Module, layers: Layer | Sequence[Layer] | None) -> li
             modules = model.named_modules(remove_duplicate=False)
             name = next((name for name, module in modules if module is layer), None)
         if name is None:
-            shown = repr(layer) if isinstance(layer, str) else f"the {type(layer).__name__} given"
+            given = isinstance(layer, nn.Module)
+            shown = f"the {type(layer).__name__} given" if given else repr(layer)
             raise ValueError(f"{shown} is no layer of this model. {_candidates(model)}")
         names.append(name)
     return names
@@ -689,9 +700,7 @@ def _resolve_target(
     if target is None:
         chosen = output.detach().argmax(1)
     else:
-        chosen = torch.as_tensor(target).to(output.device)
-        if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
-            raise TypeError(f"classes must be integers; got {chosen.dtype}.")
+        chosen = _as_classes(target).to(output.device)
         chosen = chosen.long().expand(count) if chosen.ndim == 0 else chosen.long()
         _check_target_count(chosen, count)
         if chosen.min() < 0 or chosen.max() >= classes:
@@ -699,6 +708,19 @@ def _resolve_target(
                 f"targets must be classes 0 to {classes - 1}; got {chosen.min()} to {chosen.max()}."
             )
     return chosen, lambda rows, index: rows.gather(1, chosen[index, None])
+
+
+def _as_classes(target: object) -> Tensor:
+    try:
+        classes = torch.as_tensor(target)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise TypeError(
+            f"target is {target!r}; expected None, a class, a class for each image, 'all' or a "
+            "function."
+        ) from error
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise TypeError(f"classes must be integers; got {classes.dtype}.")
+    return classes
 
 
 def _check_target_count(classes: Tensor, count: int) -> None:

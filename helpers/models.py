@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.config import as_float, check, is_whole
+
 # An image up to this size gets the CIFAR stem: the ImageNet stem would shrink it fourfold first.
 LARGEST_CIFAR_STEM_SIZE = 64
 
@@ -261,14 +263,11 @@ def build_model(
     """
     if name not in MODELS:
         raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(MODELS)}")
-    if num_classes < 2 or in_channels < 1:
-        raise ValueError(
-            f"{num_classes} classes and {in_channels} channels; expected at least 2 and 1"
-        )
-    if not 0 < width <= 16:
-        raise ValueError(f"width is {width}; expected a multiplier above 0 and at most 16")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}; expected a probability from 0 to below 1")
+    check("num_classes", num_classes, is_whole(num_classes, 2), "a whole number of at least 2")
+    check("in_channels", in_channels, is_whole(in_channels), "a positive whole number")
+    width, dropout = as_float("width", width), as_float("dropout", dropout)
+    check("width", width, 0 < width <= 16, "a multiplier above 0 and at most 16")
+    check("dropout", dropout, 0 <= dropout < 1, "a probability from 0 to below 1")
 
     def scaled(*channels: int) -> tuple[int, ...]:
         return tuple(max(4, round(c * width)) for c in channels)

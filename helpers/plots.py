@@ -76,9 +76,14 @@ def to_rgb(image: Tensor | np.ndarray) -> np.ndarray:
     return image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image
 
 
+def _literal(text: str) -> str:
+    """Return a class's name as matplotlib shows it: dollar signs would begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def _show(axes: Axes, image: Tensor | np.ndarray, title: str = "", colour: str = "black") -> None:
     axes.imshow(to_rgb(image), interpolation="nearest")
-    axes.set_title(title, fontsize=8, color=colour, fontweight="normal", pad=3)
+    axes.set_title(_literal(title), fontsize=8, color=colour, fontweight="normal", pad=3)
     axes.set_axis_off()
 
 
@@ -114,7 +119,7 @@ def image_grid(
         _show(axes, image, title)
     for row, label in enumerate(row_labels):
         panels[row * columns].annotate(
-            label,
+            _literal(label),
             (0, 0.5),
             xytext=(-6, 0),
             xycoords="axes fraction",
@@ -129,7 +134,7 @@ def image_grid(
 def class_balance(counts: pd.DataFrame) -> Figure:
     """Show images a class (rows) in each split (columns) as grouped bars."""
     figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
-    counts.plot.bar(ax=axes, width=0.8, rot=30 if len(counts) <= 20 else 90)
+    counts.rename(index=_literal).plot.bar(ax=axes, width=0.8, rot=30 if len(counts) <= 20 else 90)
     axes.set(xlabel="", ylabel="images", title="Images a class")
     axes.legend(title="", ncols=3, loc="lower right")
     axes.grid(axis="x", visible=False)
@@ -331,7 +336,7 @@ def accuracy_by_epoch(histories: Mapping[str, Sequence[pd.DataFrame]]) -> Figure
 def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figure:
     """Show confusion matrices as shares of the true class (rows), a panel a network."""
     figure, panels = _panels(len(matrices), 2, 4.3, 3.9)
-    few = len(classes) <= 20
+    few, classes = len(classes) <= 20, [_literal(name) for name in classes]
     for i, (axes, (name, counts)) in enumerate(zip(panels, matrices.items(), strict=True)):
         shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         sns.heatmap(
@@ -634,7 +639,7 @@ def class_errors(errors: pd.DataFrame) -> Figure:
             alpha=0.85,
             label=network,
         )
-    axes.set_yticks(range(len(worst)), list(worst.index))
+    axes.set_yticks(range(len(worst)), [_literal(name) for name in worst.index])
     axes.set_ylim(len(worst) - 0.5, -0.5)
     axes.set(xlabel="wrongly classified test images of the class (%)", title="Errors by class")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -781,7 +786,7 @@ def heat_panels(
                 axes[i][j].set_visible(False)
         if row_labels:
             axes[i][0].annotate(
-                row_labels[i],
+                _literal(row_labels[i]),
                 (0, 0.5),
                 xytext=(-6, 0),
                 xycoords="axes fraction",

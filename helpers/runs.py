@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from helpers import config
 from helpers.compression import fit_to, make_permanent, prune_network, stored_tensors
-from helpers.config import Study, dataset_slug
+from helpers.config import Study, as_float, check, dataset_slug, is_whole
 from helpers.data import SPLITS, Augmentation, Dataset, load_dataset
 from helpers.evaluation import (
     Interval,
@@ -57,9 +57,6 @@ from helpers.training import (
     Recipe,
     Trained,
     TrainingDiverged,
-    as_float,
-    check,
-    is_whole,
     process_rank,
     train,
     write_atomically,
@@ -102,6 +99,9 @@ class Run:
     start: Transfer | Pruning | None = None
 
     def __post_init__(self) -> None:
+        for name in ("dataset", "fingerprint"):
+            value = getattr(self, name)
+            check(name, value, isinstance(value, str) and value != "", "text")
         check("model", self.model, self.model in MODELS, f"one of {', '.join(MODELS)}")
         check("recipe", self.recipe, isinstance(self.recipe, Recipe), "a Recipe")
         for name in ("width", "dropout"):
@@ -132,6 +132,10 @@ class Run:
         allowed = self.start is None or isinstance(self.start, (Transfer, Pruning))
         check("start", self.start, allowed, "a Transfer, a Pruning, or None for random weights")
         if self.start is not None:
+            source = self.start.source
+            from_run = isinstance(source, Run)
+            allowed = from_run or (source == IMAGENET and isinstance(self.start, Transfer))
+            check("start's source", source, allowed, f"a Run, or {IMAGENET!r} for a Transfer")
             check_fit(self)
 
     def identity(self) -> dict[str, Any]:
@@ -251,6 +255,19 @@ def make_run(study: Study, dataset: Dataset, model: str, *, seed: int, **changes
         seed=seed,
         **fields,
     )
+
+
+def read_run(path: Path) -> Run:
+    """Read a Run from a JSON file such as the run.json of a stored run.
+
+    Raises OSError if the file can't be read, and ValueError, naming it, if it holds no Run.
+    """
+    try:
+        return run_from_dict(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} can't be read as a run ({error!r}); expected what a run.json under runs/ holds"
+        ) from error
 
 
 def run_from_dict(values: dict[str, Any]) -> Run:
@@ -405,7 +422,7 @@ def load_result(run: Run, folder: Path) -> Result:
             raise RunError(
                 f"{path} belongs to the run {summary['key']}, expected {run.key}. {remedy}"
             )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error!r}). {remedy}") from error
     contents = {}
     for name, digest in summary["files"].items():
@@ -477,7 +494,10 @@ def load_or_train(
             unfinished.unlink()
         failed = folder / "failed.json"
         if failed.exists():
-            reason = json.loads(failed.read_text())["error"]
+            try:
+                reason = json.loads(failed.read_bytes())["error"]
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"{failed} can't be read ({error!r})."
             raise RunError(
                 f"this run failed before: {reason} Change a setting, or delete {folder} to try the "
                 "same again."
@@ -581,7 +601,7 @@ def train_all(
         if executor == "ray" and display.todo:
             from helpers.executors import train_with_ray  # Ray is optional
 
-            longest_first = sorted(display.todo, key=_cost, reverse=True)
+            longest_first = sorted(display.todo, key=cost, reverse=True)
             train_with_ray(longest_first, study, display)
         for run in dict.fromkeys(runs):
             display.begin(run)
@@ -648,7 +668,7 @@ class _Display:
         unique = list(dict.fromkeys(runs))
         self.todo = [r for r in unique if not (study.runs_dir / r.key / "result.json").exists()]
         self.count, self.done = len(self.todo), 0
-        self.costs = {run: _cost(run) for run in self.todo} if study.progress != "none" else {}
+        self.costs = {run: cost(run) for run in self.todo} if study.progress != "none" else {}
         self.spent_cost, self.begun = 0.0, time.monotonic()
         self.shares: dict[Run, float] = {}  # how much of each run in training is done
         self.finished: set[Run] = set()
@@ -736,7 +756,7 @@ class _Display:
         return elapsed / spent * (sum(self.costs.values()) - spent)
 
 
-def _cost(run: Run) -> float:
+def cost(run: Run) -> float:
     """Return multiply-adds x images x epochs, to weigh runs against each other."""
     size = run.image_size or 32
     with torch.device("meta"):
@@ -760,8 +780,7 @@ def stored_runs(runs_dir: Path) -> pd.DataFrame:
         row: dict[str, Any] = {"run": folder.name, "state": "begun"}
         if (folder / "result.json").exists():
             try:
-                run = run_from_dict(json.loads((folder / "run.json").read_text()))
-                result = load_result(run, folder)
+                result = load_result(read_run(folder / "run.json"), folder)
                 row |= {
                     "state": "finished",
                     "epochs": len(result.history),
@@ -770,7 +789,7 @@ def stored_runs(runs_dir: Path) -> pd.DataFrame:
                     "seconds": f"{result.seconds:.1f}",
                     "device": result.machine["device"],
                 }
-            except (RunError, ValueError, KeyError, TypeError) as error:
+            except (RunError, OSError, ValueError) as error:
                 row["state"] = f"damaged: {error}"
         elif (folder / "failed.json").exists():
             row["state"] = "failed"

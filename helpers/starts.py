@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from helpers.compression import PRUNED
+from helpers.config import as_float, check
 
 if TYPE_CHECKING:
     from helpers.runs import Run
@@ -43,8 +44,9 @@ class Transfer:
     def __post_init__(self) -> None:
         if isinstance(self.source, str) and self.source != IMAGENET:
             raise ValueError(f"source is {self.source!r}; expected a Run or {IMAGENET!r}")
-        if not 0 < self.rate_factor <= 1:
-            raise ValueError(f"rate_factor is {self.rate_factor!r}; expected above 0, at most 1")
+        check("frozen", self.frozen, isinstance(self.frozen, bool), "True or False")
+        factor = as_float("rate_factor", self.rate_factor)
+        check("rate_factor", factor, 0 < factor <= 1, "above 0, at most 1")
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,8 @@ class Pruning:
     share: float
 
     def __post_init__(self) -> None:
-        if self.kind not in PRUNED:
-            raise ValueError(f"kind is {self.kind!r}; expected {' or '.join(PRUNED)}")
-        if not 0 <= self.share < 1:
-            raise ValueError(f"share is {self.share!r}; expected 0 to below 1")
+        check("kind", self.kind, self.kind in PRUNED, " or ".join(PRUNED))
+        check("share", self.share, 0 <= as_float("share", self.share) < 1, "0 to below 1")
 
 
 def check_fit(run: Run) -> None:

@@ -20,7 +20,6 @@ import copy
 import csv
 import hashlib
 import io
-import json
 import math
 import os
 import signal
@@ -38,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from helpers.config import compute_dtype
+from helpers.config import as_float, check, compute_dtype, is_whole
 from helpers.data import NO_AUGMENTATION, Augmentation, Dataset, make_loader
 from helpers.evaluation import predict
 
@@ -104,27 +103,6 @@ class Recipe:
         """The highest learning rate, after scaling with the batch size."""
         share = self.batch_size / (self.reference_batch_size or self.batch_size)
         return self.learning_rate * math.sqrt(share)
-
-
-def check(name: str, value: object, allowed: bool, expected: str) -> None:
-    """Raise ValueError, naming the setting and what is expected, unless it's allowed."""
-    if not allowed:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
-
-
-def is_whole(value: object, lowest: int = 1) -> bool:
-    """Tell whether a setting is an int (not a bool, not 3.0) of at least `lowest`."""
-    return type(value) is int and value >= lowest
-
-
-def as_float(name: str, value: object) -> float:
-    """Return a number as a float, so that equal settings (1 and 1.0) are written the same.
-
-    Raises ValueError, naming the setting, for what isn't a number.
-    """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    check(name, value, is_number, "a number")
-    return float(value)
 
 
 RECIPES = {
@@ -291,11 +269,13 @@ def load_checkpoint(path: Path, identity: str) -> dict[str, Any]:
     payload = content[start + 32 :]
     if hashlib.sha256(payload).digest() != content[start : start + 32]:
         raise CheckpointError(f"{path} is damaged: its checksum doesn't fit its bytes. {remedy}")
-    state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    if state["identity"] != identity:
-        raise CheckpointError(
-            f"{path} belongs to the run {state['identity']}, expected {identity}. {remedy}"
-        )
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        found = state["identity"]
+    except Exception as error:  # code in a pickle, or whatever else isn't a checkpoint's state
+        raise CheckpointError(f"{path} isn't a checkpoint ({error}). {remedy}") from error
+    if found != identity:
+        raise CheckpointError(f"{path} belongs to the run {found}, expected {identity}. {remedy}")
     return state
 
 
@@ -883,10 +863,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run.json, as in the folders under runs/")
     path = parser.parse_args(arguments).run
     try:
-        run = runs.run_from_dict(json.loads(path.read_text()))
-        study = config.study()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"{path} can't be read as a run: {error!r}", file=sys.stderr)
+        run, study = runs.read_run(path), config.study()
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
         return 2
     if not distributed.is_torchelastic_launched():
         result = runs.train_all([run], study)[run]

@@ -246,9 +246,9 @@ def test_only_config_reads_the_environment_and_only_plots_imports_matplotlib(mod
     [
         ("config", set()),
         ("shapes", set()),
-        ("models", set()),
+        ("models", {"config"}),
         ("data", {"shapes", "config"}),
-        ("evaluation", {"data", "corruptions"}),
+        ("evaluation", {"config", "data", "corruptions"}),
     ],
 )
 def test_dependencies_point_one_way(module: str, allowed: set[str]) -> None:
@@ -265,3 +265,12 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
     study.cache_clear()
     assert (found.profile.name, found.dataset, found.progress) == ("quick", "shapes", "bar")
     assert found.runs_dir == config.ROOT / "runs"
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"), [(8, 500), (16, 256), (32, 64), (64, 16), (96, 28), (224, 5), (1024, 4)]
+)
+def test_a_cpu_takes_as_many_images_at_once_as_its_cache_holds(side: int, expected: int) -> None:
+    assert config.images_at_once(torch.device("cpu"), side, side, 500) == expected
+    assert config.images_at_once(torch.device("cpu"), side, side, 2) == 2
+    assert config.images_at_once(torch.device("cuda"), side, side, 500) == 500

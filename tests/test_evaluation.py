@@ -217,10 +217,13 @@ def small_model() -> nn.Module:
     return build_model("resnet18", num_classes=5, width=0.125, dropout=0.5)
 
 
-def test_predictions_are_the_networks_logits_in_the_splits_order(split: Split) -> None:
+def test_predictions_are_the_networks_logits_in_the_splits_order(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "BATCH", 7)
     model = small_model().train()
     before = state_of(model)
-    found = predict(model, split, MEAN, DEVIATION, batch_size=7)
+    found = predict(model, split, MEAN, DEVIATION)
     assert found.shape == (23, 5) and found.dtype == torch.float32
     assert model.training and same_state(model, before)
     inputs = (split.images.double() / 255 - MEAN.view(-1, 1, 1)) / DEVIATION.view(-1, 1, 1)

@@ -749,7 +749,7 @@ def test_wrong_layers_methods_and_outputs():
         cam(model, IMAGES, layers="layer9")
     with pytest.raises(ValueError, match="the Sequential given is no layer of this model"):
         cam(model, IMAGES, layers=SmallNet().layer3)
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match=r"layers is \[\]; pass .* at least one"):
         cam(model, IMAGES, layers=[])
     with pytest.raises(ValueError, match="convolutional layer"):
         cam(model, IMAGES, layers="fc")

@@ -27,6 +27,20 @@ def code_cells(path: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in read(path).cells if cell.cell_type == "code"]
 
 
+def prose(path: Path) -> str:
+    return "\n\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+
+
+# A number with such a unit in the prose could be a result, which has to be computed. Those below
+# are none: titles of papers, thresholds of hypotheses, worked examples.
+UNITS = r"%|per cent\b|points?\b|seconds?\b|s\b|minutes?\b|min\b|times\b|kB\b|MB\b|images/s\b"
+NUMBERS_IN_PROSE = {
+    "01_data": {"94%", "3.29 Seconds"},
+    "03_regularization": {"5 points", "80 %", "100 %"},
+    "04_depth": {"3 points"},
+}
+
+
 def test_the_series_is_there() -> None:
     names = [path.stem for path in PATHS]
     assert names[:9] == [
@@ -93,9 +107,17 @@ class TestEachNotebook:
     def test_size_links_and_absolute_paths(self, path: Path) -> None:
         text = path.read_text()
         assert len(text) < 3_000_000
-        for target in re.findall(r"\]\((?!http)([^)#]+\.ipynb)\)", text):
-            assert (path.parent / target).exists(), target
         assert not re.search(r"/(home|root|work|Users)/", text)
+
+    def test_links_lead_to_files_of_the_repository(self, path: Path) -> None:
+        for target in re.findall(r"\]\(((?!https?://|#)[^)]+)\)", prose(path)):
+            file = (path.parent / target.split("#")[0]).resolve()
+            assert file.exists() and file.is_relative_to(ROOT), target
+
+    def test_prose_states_no_measured_number(self, path: Path) -> None:
+        text = re.sub(r"<!-- run time -->.*?<!-- /run time -->", "", prose(path))
+        found = re.findall(rf"\b\d[\d,.]*\s?(?:{UNITS})", text)
+        assert set(found) <= {"95 %"} | NUMBERS_IN_PROSE.get(path.stem, set())
 
     def test_figures_named_in_the_opening_are_saved(self, path: Path) -> None:
         opening = read(path).cells[0].source
