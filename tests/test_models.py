@@ -319,8 +319,8 @@ def test_weights_come_from_the_seed_with_the_variance_of_he_et_al() -> None:
     ("options", "words"),
     [
         ({"name": "resnet19"}, ["'resnet19'", "resnet18", "simple_cnn", "resnet110"]),
-        ({"num_classes": 1}, ["1 classes", "at least 2"]),
-        ({"in_channels": 0}, ["0 channels", "1"]),
+        ({"num_classes": 1}, ["num_classes is 1", "at least 2"]),
+        ({"in_channels": 0}, ["in_channels is 0", "positive"]),
         ({"width": 0}, ["width is 0", "above 0"]),
         ({"width": 17}, ["width is 17", "at most 16"]),
         ({"width": float("nan")}, ["width is nan"]),

@@ -262,7 +262,7 @@ def test_pruned_channels_are_gone_and_the_network_loads_again(study: Study, mode
     ("make", "message"),
     [
         (lambda s: Transfer("resnet18.pth"), "source is 'resnet18.pth'; expected a Run or"),
-        (lambda s: Transfer(s, rate_factor=0), "rate_factor is 0; expected above 0"),
+        (lambda s: Transfer(s, rate_factor=0), "rate_factor is 0.0; expected above 0"),
         (lambda s: Transfer(s, rate_factor=1.5), "rate_factor is 1.5; expected above 0"),
         (lambda s: Pruning(s, "layers", 0.5), "kind is 'layers'; expected weights or channels"),
         (lambda s: Pruning(s, "weights", 1.0), "share is 1.0; expected 0 to below 1"),
