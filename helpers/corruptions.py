@@ -75,3 +75,17 @@ def corrupt(images: Tensor, corruption: str, severity: int, *, seed: int = 0) ->
         image = CORRUPTIONS[corruption](picture.astype(np.float32), strength, generator)
         changed[i] = np.clip(np.rint(image), 0, 255)
     return torch.from_numpy(changed).permute(0, 3, 1, 2).contiguous()
+
+
+def corrupt_all(images: Tensor) -> Tensor:
+    """Return images under every corruption: corruptions x 6 x N x 3 x H x W, uint8.
+
+    Corruptions are in the order of `CORRUPTIONS`; severity 0 is the image as it is. Errors as in
+    `corrupt`.
+    """
+    return torch.stack(
+        [
+            torch.stack([images, *(corrupt(images, name, severity) for severity in SEVERITIES)])
+            for name in CORRUPTIONS
+        ]
+    )

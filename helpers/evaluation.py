@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.config import images_at_once
-from helpers.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from helpers.data import Split, normalise
 
 BATCH = 500  # images in one forward pass at most
@@ -169,30 +168,23 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 def robustness(
     model: nn.Module,
-    split: Split,
+    corrupted: Tensor,
+    labels: Tensor,
     mean: Tensor,
     deviation: Tensor,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """Return whether each image of a split is classified rightly under each common corruption.
+    """Return whether each image is classified rightly under each common corruption.
 
-    The array of 0 and 1 is corruptions x 6 x images: corruptions in the order of
-    `corruptions.CORRUPTIONS`, then severity 1 to 5 after 0, the image as it is. Hendrycks and
+    `corrupted` holds the images as `corruptions.corrupt_all` returns them, `labels` N. The array of
+    0 and 1 is corruptions x 6 x N: severity 1 to 5 after 0, the images as they are. Hendrycks and
     Dietterich (2019). `mean`, `deviation` and `dtype` are those of `predict`.
     """
-
-    def correct(images: Tensor) -> np.ndarray:
-        logits = predict(model, Split(images, split.labels), mean, deviation, dtype=dtype)
-        return (logits.argmax(1) == split.labels).double().numpy()
-
-    clean = correct(split.images)
-    return np.stack(
-        [
-            np.stack([clean, *(correct(corrupt(split.images, name, s)) for s in SEVERITIES)])
-            for name in CORRUPTIONS
-        ]
-    )
+    shape = corrupted.shape[:3]
+    every = Split(corrupted.flatten(0, 2), labels.repeat(shape[0] * shape[1]))
+    logits = predict(model, every, mean, deviation, dtype=dtype)
+    return (logits.argmax(1) == every.labels).double().view(shape).numpy()
 
 
 # --- Intervals ---------------------------------------------------------------------------------

@@ -544,7 +544,9 @@ def _make_probe(
         return score(output, torch.full((len(output),), index, device=output.device))
 
     def masked(index: int, masks: Tensor) -> Tensor:
-        return _wide(read(model(images[index] * masks[:, None].to(images.dtype)), index))
+        at_once = images_at_once(images.device, *images.shape[-2:], CHANNELS_AT_ONCE)
+        parts = masks[:, None].to(images.dtype).split(at_once)
+        return torch.cat([_wide(read(model(images[index] * part), index)) for part in parts])
 
     def replaced(index: int, outputs: Tensor) -> Tensor:
         seen = 0

@@ -248,7 +248,7 @@ def test_only_config_reads_the_environment_and_only_plots_imports_matplotlib(mod
         ("shapes", set()),
         ("models", {"config"}),
         ("data", {"shapes", "config"}),
-        ("evaluation", {"config", "data", "corruptions"}),
+        ("evaluation", {"config", "data"}),
     ],
 )
 def test_dependencies_point_one_way(module: str, allowed: set[str]) -> None:

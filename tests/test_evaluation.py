@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import evaluation
-from helpers.corruptions import CORRUPTIONS, corrupt
+from helpers.corruptions import CORRUPTIONS, corrupt, corrupt_all
 from helpers.data import Split
 from helpers.evaluation import (
     Interval,
@@ -274,7 +274,7 @@ def test_mode_puts_every_submodule_back(training: bool, fails: bool) -> None:
 def test_robustness_is_accuracy_on_corrupted_images(split: Split) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
-    found = robustness(model, split, MEAN, DEVIATION)
+    found = robustness(model, corrupt_all(split.images), split.labels, MEAN, DEVIATION)
     assert found.shape == (len(CORRUPTIONS), 6, 23)
     assert (found[:, 1] != found[:, 5]).sum() > 3  # severity makes a difference
     for i, name in enumerate(CORRUPTIONS):
