@@ -53,7 +53,7 @@ test: $(INSTALLED_PEERS)
 	$(BIN)/python -m pytest --nbval -n auto -q --durations=15
 
 test-scale: $(INSTALLED_RAY)
-	$(BIN)/python -m pytest -q --durations=5 tests/test_executors.py tests/test_data_parallel.py
+	$(BIN)/python -m pytest -q --durations=5 tests/test_executors.py tests/test_data_parallel.py tests/test_benchmarks.py::test_executors
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir=notebooks

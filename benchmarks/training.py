@@ -115,7 +115,7 @@ def measure(count: int, batch: int, width: float) -> list[str]:
     per_image = PerImage(dataset.train, mean.tolist(), deviation.tolist(), train=True)
 
     ours = build_model("resnet18", num_classes=10, width=width)
-    loop = MeasuredLoop(ours, dataset, recipe, 1, 0, None, device, None, "")
+    loop = MeasuredLoop(ours, dataset, recipe, 1, 0, None, 1.0, device, None, "")
     shares = []
 
     def our_epoch() -> float:

@@ -1,0 +1,30 @@
+"""Each benchmark runs, on next to nothing, and reports what it compares."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import executors, gradcam, training
+
+
+def test_training() -> None:
+    text = training.markdown(tiny=True)
+    assert text.startswith("## Training")
+    for row in ("(a) training ResNet-18", "(b) augmentation", "(c) evaluation", "(d) epoch"):
+        assert row in text
+
+
+def test_gradcam() -> None:
+    for peer in ("pytorch_grad_cam", "torchcam", "captum"):
+        pytest.importorskip(peer, reason=f"peer library {peer} is not installed")
+    text = gradcam.markdown(rounds=1, tiny=True)
+    assert text.startswith("## Grad-CAM")
+    for name in ("forward alone", "this package", "grad-cam", "torchcam", "captum"):
+        assert f"| {name} |" in text
+
+
+def test_executors() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed; make test-scale installs it")
+    text = executors.markdown(tiny=True)
+    assert text.startswith("## Executors")
+    assert f"| {executors.LOCAL} |" in text and "| Ray, 1 core a run |" in text
