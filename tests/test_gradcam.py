@@ -965,3 +965,9 @@ def test_colourbar_and_side_by_side():
     row = gradcam.side_by_side(picture(), HEAT[::2, ::2], height=120)
     assert row.dtype == np.uint8 and row.shape == (120, 4 * 200 + 4 * 6 + bar.shape[1], 3)
     assert np.array_equal(row[::10, :200:10], picture())
+
+
+def test_colours_are_viridis_in_the_order_red_green_blue():
+    ends = gradcam.colourise(np.array([[0.0, 1.0]]))[0].astype(int)
+    # Matplotlib's viridis runs from dark violet to yellow; OpenCV's differs by rounding.
+    assert np.abs(ends - [(68, 1, 84), (253, 231, 37)]).max() <= 2
