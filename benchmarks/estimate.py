@@ -50,9 +50,9 @@ def main(runs_dir: Path) -> None:
     """Print the estimate for one GPU and for eight."""
     speed = cost(PUBLISHED) / PUBLISHED_SECONDS
     found = [read_run(path) for path in sorted(runs_dir.glob("*/run.json"))]
-    seeds = len(PROFILES["full"].seeds) / len(PROFILES["quick"].seeds)
-    seconds = [cost(at_full_size(run)) / speed for run in found]
-    seconds += sorted(seconds)[:: max(1, round(1 / (seeds - 1)))]  # the seeds that quick lacks
+    lacking = len(PROFILES["full"].seeds) - len(PROFILES["quick"].seeds)
+    every = [*found, *(run for run in found if run.seed < lacking)]
+    seconds = [cost(at_full_size(run)) / speed for run in every]
     print(f"{len(found)} runs in {runs_dir} stand for {len(seconds)} of the full study")
     for gpus in (1, 8):
         hours = seconds_on(gpus, seconds) / 3600

@@ -6,8 +6,8 @@
 
 Each fault is one changed place, of the kind that a tired person makes: an off-by-one, a lost term,
 a flipped sign, a check that is gone. It is planted in a copy of the repository, where the tests of
-its module run until one fails; a fault that gets past these meets all the other tests. The same
-tests run first without any fault and have to pass.
+its module run until one fails; a fault that gets past these meets the other tests but the slowest
+and the notebooks. The tests of the modules run first without any fault and have to pass.
 """
 
 from __future__ import annotations

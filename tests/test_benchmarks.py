@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from benchmarks import executors, gradcam, training
+from benchmarks import estimate, executors, faults, gradcam, training
+from helpers.config import PROFILES, ROOT
+from helpers.runs import Run
+from helpers.training import RECIPES
 
 
 def test_training() -> None:
@@ -28,3 +34,26 @@ def test_executors() -> None:
     text = executors.markdown(tiny=True)
     assert text.startswith("## Executors")
     assert f"| {executors.LOCAL} |" in text and "| Ray, 1 core a run |" in text
+
+
+def test_the_readme_tells_what_was_measured() -> None:
+    readme = (ROOT / "README.md").read_text()
+    results = Path(ROOT, "benchmarks", "RESULTS.md").read_text()
+    for name, words in (
+        ("1 core", "{} times as long as one"),
+        ("2 cores", "{} times as long, since"),
+    ):
+        ratio = re.search(rf"\| Ray, {name} a run \| [^|]+ \| ([\d.]+) ", results)[1]
+        assert words.format(ratio.removeprefix("0")) in readme
+    assert f"plants {len(faults.FAULTS)} deliberate faults" in readme
+
+
+def test_the_estimate_scales_runs_and_fills_the_gpus() -> None:
+    quick, full = PROFILES["quick"], PROFILES["full"]
+    sizes = {"train_size": quick.train_size, "width": quick.width, "epochs": quick.epochs}
+    run = estimate.at_full_size(Run("shapes", "any", "resnet18", RECIPES["fast"], seed=0, **sizes))
+    assert (run.width, run.epochs) == (full.width, full.epochs)
+    assert run.train_size == estimate.FULL_TRAIN_SIZE
+    assert estimate.seconds_on(1, [1, 2, 3, 6]) == 12
+    assert estimate.seconds_on(2, [1, 2, 3, 6]) == 6
+    assert estimate.seconds_on(8, [1, 2, 3, 6]) == 6

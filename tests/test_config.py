@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -274,3 +277,26 @@ def test_a_cpu_takes_as_many_images_at_once_as_its_cache_holds(side: int, expect
     assert config.images_at_once(torch.device("cpu"), side, side, 500) == expected
     assert config.images_at_once(torch.device("cpu"), side, side, 2) == 2
     assert config.images_at_once(torch.device("cuda"), side, side, 500) == 500
+
+
+def test_a_home_that_does_not_exist_is_a_folder_like_any_other() -> None:
+    assert config.dataset_slug("~nobody-of-that-name/My Images") == "my-images"
+    assert config.dataset_slug("~nobody-of-that-name") == "nobody-of-that-name"
+
+
+def test_tests_run_in_smoke_whatever_is_exported() -> None:
+    exported = {"PROFILE": "full", "EXECUTOR": "ray"}
+    own = {name: value for name, value in os.environ.items() if name != "RESNET_STUDY_TEST_FOLDER"}
+    script = (
+        "import os, conftest; print(os.environ['PROFILE'], os.environ['EXECUTOR']); "
+        "os.rmdir(os.environ['RESNET_STUDY_TEST_FOLDER'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=config.ROOT,
+        env=own | exported,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["smoke", "local"]
