@@ -14,6 +14,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -950,6 +951,61 @@ def test_no_flipped_bit_in_a_cache_goes_unnoticed(
             assert position < 128
             assert found.test.images.dtype == torch.uint8
             assert load(folder).fingerprint == found.fingerprint
+
+
+class Planted:
+    """What a pickle would run: it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_pickle_in_a_cache_is_executed(
+    folder: Path, load: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    load(folder)
+    path, trace = cache_of(folder) / "test_labels.npy", tmp_path / "executed"
+    np.save(path, np.array([Planted(trace)], dtype=object), allow_pickle=True)
+    forget()
+    with pytest.raises(ValueError, match="cache of decoded images is damaged"):
+        load(folder)
+    assert not trace.exists()
+    np.load(path, allow_pickle=True)
+    assert trace.exists()  # it would have been
+
+
+def test_no_pickle_among_the_drawn_images_is_executed(tmp_path: Path) -> None:
+    sizes = {"train_size": 20, "validation_size": 10, "test_size": 10}
+    first = load_dataset("shapes", data_dir=tmp_path, **sizes)
+    trace = tmp_path / "executed"
+    for path in (tmp_path / "drawn").iterdir():
+        np.savez(path, images=np.array([Planted(trace)], dtype=object))
+    data._draw_split.cache_clear()
+    again = load_dataset("shapes", data_dir=tmp_path, **sizes)
+    assert torch.equal(again.train.images, first.train.images)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_ranks_share_every_batch(
+    folder: Path, load: Callable[..., Dataset], ranks: int
+) -> None:
+    dataset = load(folder)
+    settings = {
+        "batch_size": 8,
+        "augmentation": NO_AUGMENTATION,
+        "seed": 0,
+        "device": torch.device("cpu"),
+    }
+    whole = make_loader(dataset, **settings)
+    parts = [make_loader(dataset, **settings, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for (images, _), *shares in zip(*(part.batches(0) for part in (whole, *parts)), strict=True):
+        assert all(len(share) == 8 // ranks for share, _ in shares)
+        found = torch.cat([share for share, _ in shares])
+        assert sorted(found.flatten(1).tolist()) == sorted(images.flatten(1).tolist())
 
 
 @pytest.mark.parametrize("moment", range(5))
