@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from helpers import training
 from helpers.data import Augmentation, Dataset, load_dataset, make_loader
@@ -339,6 +339,32 @@ def test_training_repeats_bit_for_bit_and_the_seed_matters(dataset: Dataset) -> 
     assert_same_weights(models[0], models[1])
     with pytest.raises(AssertionError):
         assert_same_weights(models[0], models[2])
+
+
+def test_dropout_draws_from_the_seed(dataset: Dataset) -> None:
+    for seed in (0, 3):
+        states: list[Tensor] = []
+
+        def record(_: object, states: list[Tensor] = states) -> None:
+            states.append(torch.get_rng_state())
+
+        train(network(), dataset, SGD, epochs=1, seed=seed, on_progress=record)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            assert torch.equal(states[0], torch.get_rng_state())  # nothing else draws from it
+
+
+def test_training_accuracy_is_that_of_the_images_seen(dataset: Dataset) -> None:
+    recipe = replace(SGD, learning_rate=1e-6, batch_size=30)
+    assert len(dataset.train) % recipe.batch_size, "some images are left out of each epoch"
+    always_first = network()
+    last = [m for m in always_first.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.eye(len(last.bias))[0])
+    one_class = replace(dataset.train, labels=torch.zeros_like(dataset.train.labels))
+    trained = train(always_first, replace(dataset, train=one_class), recipe, epochs=2, seed=0)
+    assert [record.train_accuracy for record in trained.history] == [1.0, 1.0]
 
 
 def test_the_global_generator_and_the_signal_handlers_are_put_back(dataset: Dataset) -> None:
