@@ -400,6 +400,9 @@ def test_controls():
     centre = maps["centred"][0]
     assert centre.argmax() in (9 * 20 + 9, 9 * 20 + 10, 10 * 20 + 9, 10 * 20 + 10)
     assert torch.allclose(centre, centre.flip(0)) and torch.allclose(centre, centre.T)
+    odd = metrics.control_maps(torch.zeros(1, 3, 21, 41))["centred"][0]
+    a_deviation_away = torch.tensor([odd[15, 20], odd[10, 30]])  # a quarter of each side
+    assert torch.allclose(a_deviation_away, torch.tensor(-0.5).exp()) and odd[10, 20] == 1
     assert (maps["uniform"] == 1).all() and maps["random"].std() > 0.25
     assert torch.equal(maps["random"], metrics.control_maps(images, seed=1)["random"])
     assert not torch.equal(maps["random"], metrics.control_maps(images, seed=2)["random"])

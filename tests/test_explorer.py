@@ -122,14 +122,6 @@ def test_intervals_figure_shows_each_value(study) -> None:
     assert [t.get_text() for t in axes.get_yticklabels()] == ["one", "two"]
 
 
-def test_results_hold_intervals_and_refuse_nan(study) -> None:
-    path = runs.save_results(study, "x", {"interval": Interval(0.5, 0.4, 0.6, 3)})
-    assert '"low": 0.4' in path.read_text()
-    with pytest.raises(ValueError, match="[Oo]ut of range"):
-        runs.save_results(study, "x", {"value": float("nan")})
-    assert '"low": 0.4' in path.read_text(), "the old file stays"
-
-
 def test_tensorboard_gets_every_epoch_or_says_what_is_missing(tmp_path, monkeypatch) -> None:
     study = replace(config.study(), runs_dir=tmp_path / "runs", tensorboard=True)
     small = runs.study_data(study)

@@ -24,8 +24,16 @@ from benchmarks.soak import make_study
 from helpers import config, data, runs, shapes, training
 from helpers.config import Study
 from helpers.data import NO_AUGMENTATION, Augmentation
-from helpers.evaluation import metrics, predict
-from helpers.runs import Run, RunError, load_or_train, load_result, run_from_dict, stored_runs
+from helpers.evaluation import Interval, metrics, predict
+from helpers.runs import (
+    Result,
+    Run,
+    RunError,
+    load_or_train,
+    load_result,
+    run_from_dict,
+    stored_runs,
+)
 from helpers.starts import Transfer
 from helpers.training import RECIPES, Progress, Recipe, TrainingDiverged
 
@@ -581,3 +589,105 @@ def test_a_run_made_from_a_subset_is_of_that_subset_in_every_profile(tmp_path: P
         subset = runs.study_data(study, train_size=100)
         run = runs.make_run(study, subset, "simple_cnn", seed=0)
         assert len(run.load_data(tmp_path).train) == 100, profile.name
+
+
+# --- What the notebooks say of several results --------------------------------------------------
+
+
+@pytest.fixture
+def result(run: Run, stored: Study) -> Result:
+    return load_result(run, stored.runs_dir / run.key)
+
+
+def with_correct(result: Result, seed: int, correct: list[int]) -> Result:
+    """Return the result of another seed that classified these images rightly (1) or not (0)."""
+    labels = torch.zeros(len(correct), dtype=torch.int64)
+    logits = torch.tensor([[1.0, 0.0] if right else [0.0, 1.0] for right in correct])
+    run = replace(result.run, seed=seed)
+    return replace(result, run=run, test_logits=logits, test_labels=labels)
+
+
+def test_a_paired_difference_is_that_of_the_first_over_the_reference(result: Result) -> None:
+    good = [with_correct(result, seed, [1, 1, 1, 0] * 30) for seed in (0, 1)]
+    poor = [with_correct(result, seed, [1, 0, 0, 0] * 30) for seed in (0, 1)]
+    more, less = runs.paired_difference(good, poor), runs.paired_difference(poor, good)
+    assert more.mean == pytest.approx(0.5) and 0 < more.low < 0.5 < more.high
+    assert (less.mean, less.low) == pytest.approx((-more.mean, -more.high), abs=0.02)
+    assert runs.accuracy_interval(good).mean == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="differ in seed or test images"):
+        runs.paired_difference(good, poor[::-1])
+    other_images = replace(poor[1], test_labels=1 - poor[1].test_labels)
+    with pytest.raises(ValueError, match="differ in seed or test images"):
+        runs.paired_difference(good, [poor[0], other_images])
+    with pytest.raises(ValueError, match="shorter"):
+        runs.paired_difference(good, poor[:1])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.01, 0.03, "A is 2.0 points more accurate than b (95 % interval +1.0 to +3.0)."),
+        (-0.03, -0.01, "A is 2.0 points less accurate than b (95 % interval -3.0 to -1.0)."),
+        (-0.01, 0.05, "Between a and b no difference is shown (95 % interval -1.0 to +5.0)."),
+    ],
+)
+def test_a_sentence_says_no_more_than_the_interval(low: float, high: float, words: str) -> None:
+    found = runs.difference_sentence("a", "b", Interval((low + high) / 2, low, high, 100))
+    assert found.replace("\N{MINUS SIGN}", "-") == words
+
+
+def test_results_are_regrouped_and_averaged_over_seeds(result: Result) -> None:
+    results = [
+        replace(
+            result,
+            run=replace(result.run, seed=seed),
+            metrics={
+                "train": {"accuracy": 0.9},
+                "test": {"accuracy": accuracy, "loss": 1 - accuracy},
+            },
+        )
+        for seed, accuracy in enumerate((0.5, 0.7))
+    ]
+    found = runs.mean_metrics(results)
+    assert found == pytest.approx({"accuracy": 0.6, "loss": 0.4})
+    assert runs.gap(results[0]) == pytest.approx(0.4)
+    trained = {r.run: r for r in results}
+    wanted = {"b": [results[1].run, results[0].run], "a": [results[0].run]}
+    assert runs.by_name(trained, wanted) == {"b": results[::-1], "a": results[:1]}
+    assert list(runs.by_name(trained, wanted)) == ["b", "a"]
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick"])
+def test_a_study_makes_runs_at_its_profiles_size(profile: str, tmp_path: Path) -> None:
+    study = replace(make_study(tmp_path), profile=config.PROFILES[profile], dataset="digits")
+    own = study.profile
+    dataset = runs.study_data(study, image_size=16)
+    there = data.load_dataset("digits", image_size=16)  # fewer than quick asks for
+    assert len(dataset.train) == min(own.train_size, len(there.train))
+    assert len(dataset.test) == min(own.test_size, len(there.test))
+    made = runs.make_run(study, dataset, "resnet18", seed=1, image_size=16)
+    assert (made.width, made.epochs, made.seed) == (own.width, own.epochs, 1)
+    assert made.train_size == len(dataset.train) and made.fingerprint == dataset.fingerprint
+    assert made.recipe == replace(RECIPES["fast"], batch_size=own.batch_size)
+    few = replace(dataset, train=dataset.train.first(7))
+    assert runs.make_run(study, few, "resnet18", seed=1).recipe.batch_size == 7
+    patient = runs.make_run(study, dataset, "resnet18", seed=1, patience=3, epochs=5)
+    assert (patient.patience, patient.epochs) == (3, 5)
+
+
+def test_a_result_file_describes_its_data_and_holds_finite_numbers_alone(tmp_path: Path) -> None:
+    study = replace(make_study(tmp_path), analysis_dir=tmp_path / "analysis")
+    about = runs.describe_data(data.load_dataset("shapes", **SIZES))
+    assert (about["name"], about["image_size"], about["train_size"]) == ("shapes", 16, 80)
+    values = {"data": about, "interval": Interval(0.5, 0.4, 0.6, 10), "counts": np.arange(3)}
+    path = runs.save_results(study, "04_depth", values)
+    found = json.loads(path.read_text())
+    assert path == study.results_dir / "04_depth.json"
+    assert found["interval"] == {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+    assert found["counts"] == [0, 1, 2] and found["profile"]["name"] == study.profile.name
+    for bad in (float("nan"), np.float64("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            runs.save_results(study, "04_depth", {"accuracy": bad})
+    with pytest.raises(TypeError, match="Tensor can't be written"):
+        runs.save_results(study, "04_depth", {"accuracy": torch.zeros(1)})
+    assert json.loads(path.read_text()) == found, "a refused result leaves the last one"
