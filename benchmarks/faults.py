@@ -709,8 +709,8 @@ FAULTS = (
         "starts",
         (
             "the last layer is transferred, too",
-            'if not name.startswith(f"{last}.")}',
-            "}",
+            "model.load_state_dict(weights | kept)",
+            "model.load_state_dict(kept | weights)",
         ),
         (
             "frozen features are trained",

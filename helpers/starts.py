@@ -126,8 +126,7 @@ def transfer(model: nn.Module, weights: dict[str, Tensor], frozen: bool) -> None
     """
     last = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)][-1]
     kept = {name: w for name, w in model.state_dict().items() if name.startswith(f"{last}.")}
-    copied = {name: w for name, w in weights.items() if not name.startswith(f"{last}.")}
-    model.load_state_dict(copied | kept)
+    model.load_state_dict(weights | kept)
     if frozen:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(f"{last}."))

@@ -64,6 +64,22 @@ def test_channels_with_the_smallest_filters_go() -> None:
     assert model[4].weight.shape == (2, 2)
 
 
+def test_a_filters_size_is_the_sum_of_its_absolute_weights() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 2, 3, bias=False),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(2, 2),
+    )
+    with torch.no_grad():
+        model[0].weight[0] = 0.4  # 27 weights: 10.8 in all, their squares 4.3
+        model[0].weight[1] = 0
+        model[0].weight[1, 0, 0, 0] = -6  # one weight: 6 in all, its square 36
+        model[3].weight.fill_(1)
+    compression.prune_channels(model, 0.5, 8)
+    assert torch.equal(model[0].weight, torch.full((1, 3, 3, 3), 0.4))
+
+
 # --- Quantization ------------------------------------------------------------------------------
 
 
