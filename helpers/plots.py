@@ -134,9 +134,10 @@ def image_grid(
 def class_balance(counts: pd.DataFrame) -> Figure:
     """Show images a class (rows) in each split (columns) as grouped bars."""
     figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
-    counts.rename(index=_literal).plot.bar(ax=axes, width=0.8, rot=30 if len(counts) <= 20 else 90)
+    turned = 30 if len(counts) <= 20 else 90
+    counts.rename(index=_literal).plot.bar(ax=axes, width=0.8, rot=turned, legend=False)
     axes.set(xlabel="", ylabel="images", title="Images a class")
-    axes.legend(title="", ncols=3, loc="lower right")
+    _legend_above(figure, axes)
     axes.grid(axis="x", visible=False)
     return figure
 
