@@ -33,6 +33,7 @@ def at_full_size(run: Run) -> Run:
         width=run.width * full.width / quick.width,
         epochs=round(run.epochs * full.epochs / quick.epochs),
         train_size=round(run.train_size * FULL_TRAIN_SIZE / quick.train_size),
+        image_size=max(32, run.image_size or 32),
         start=None,
     )
 

@@ -80,7 +80,7 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", 120, 40, 60, 16, 0.125, 2, 20, (0, 1), "shapes"),
-        Profile("quick", 2500, 500, 1000, 32, 0.25, 8, 64, (0, 1), "shapes"),
+        Profile("quick", 2500, 500, 1000, 24, 0.25, 8, 64, (0, 1), "shapes"),
         Profile("long", 6000, 1000, 2000, 32, 0.25, 12, 64, (0, 1), "cifar10"),
         Profile("full", None, None, None, None, 1.0, 60, 512, (0, 1, 2), "cifar10"),
     )
