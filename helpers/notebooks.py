@@ -382,6 +382,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the training that was going on has left a checkpoint")
         return 130
+    except OSError as error:  # a full disk, or a folder that can't be written
+        print(f"\n{error}", file=sys.stderr)
+        return 1
     if not succeeded:
         return 1
     if options.publish:

@@ -233,7 +233,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise OSError(
             error.errno,
             f"{path} can't be written ({error.strerror}). Free disk space or make the folder "
-            "writable, or set RUNS_DIR to another one, and run again: nothing finished is lost",
+            "writable, or set RUNS_DIR and ANALYSIS_DIR to other ones, and run again: nothing "
+            "finished is lost",
         ) from error
 
 

@@ -245,6 +245,21 @@ def test_an_unknown_profile_ends_with_code_2(
     assert "PROFILE='huge' is unknown" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("from_environment")
+def test_a_folder_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(folder / "01_first.ipynb")
+    (tmp_path / "a file").write_text("in the way")
+    monkeypatch.setenv("ANALYSIS_DIR", str(tmp_path / "a file"))
+    config.study.cache_clear()
+    assert notebooks.main([]) == 1
+    assert str(tmp_path / "a file") in capsys.readouterr().err
+
+
 # --- Set-up ------------------------------------------------------------------------------------
 
 
