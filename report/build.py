@@ -51,6 +51,8 @@ def build(set_folder: Path) -> bytes:
         ) from error
 
 
+STUDY_TIMES = ROOT / "benchmarks" / "study.json"  # written by benchmarks/study.py
+
 # The README's figures and what they show, for who can't see them.
 README_FIGURES = {
     "04_cost": "Test accuracy against four costs for SimpleCNN and ResNet-18, 34 and 50",
@@ -94,7 +96,11 @@ def published_sets() -> list[Path]:
 
 
 def profile_table() -> str:
-    """Return the README's table of profiles, with the run times measured for published sets."""
+    """Return the README's table of profiles, with the run times that were measured.
+
+    Those are the published sets' and, of whole studies run for the time alone, study.json's.
+    """
+    studies = json.loads(STUDY_TIMES.read_text())
     lines = [
         "| profile | default dataset | training images | width | epochs | seeds | measured |",
         "|---|---|---|---|---|---|---|",
@@ -106,6 +112,10 @@ def profile_table() -> str:
                 times = json.loads((folder / "results" / "run_times.json").read_text())
                 total = clock(sum(times.values()))
                 measured.append(f"{total} ({folder.name}, {len(times)} notebooks)")
+        if profile.name in studies:
+            study = studies[profile.name]
+            total = clock(sum(study["seconds"].values()))
+            measured.append(f"{total} ({study['dataset']}, {study['machine']['device']})")
         size = "all" if profile.train_size is None else f"{profile.train_size:,}"
         lines.append(
             f"| {profile.name} | {profile.default_dataset} | {size} | {profile.width:g} | "
