@@ -57,7 +57,7 @@ def main(runs_dir: Path) -> None:
     print(f"{len(found)} runs in {runs_dir} stand for {len(seconds)} of the full study")
     for gpus in (1, 8):
         hours = seconds_on(gpus, seconds) / 3600
-        print(f"about {hours:.1f} h of training on {gpus} GPUs, at least")
+        print(f"about {hours:.1f} h of training on {gpus} GPU{'s' * (gpus > 1)}, at least")
 
 
 if __name__ == "__main__":
