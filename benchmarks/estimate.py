@@ -3,15 +3,17 @@
     python -m benchmarks.estimate RUNS_DIR
 
 RUNS_DIR holds the runs of one quick study. Each stands for a run of the full study, at as many
-times its width, images, epochs and seeds as the profiles differ by. A GPU is taken to do as many
-multiply-adds a second for every network as a published measurement gives for a ResNet-18: 80 epochs
-of 50,000 images of 32 pixels in 156 s, on an A100 with compiled bfloat16 convolutions. Small
-networks don't reach that, so the truth is longer. Not in it: the runs that only the full profile
-has (ResNet-101 and 152, 110 layers), and whatever isn't training.
+times its width, images, epochs and seeds as the profiles differ by, its images of 32 pixels or
+more. A GPU is taken to get through as much cost (`runs.cost`) a second for every network as a
+published measurement gives for a ResNet-18: 80 epochs of 50,000 images of 32 pixels in 156 s, on an
+A100 with compiled bfloat16 convolutions. Small networks don't reach that, so the truth is longer.
+Not in it: the runs that only the full profile has (ResNet-101 and 152, 110 layers), and whatever
+isn't training. The hours by number of GPUs go into benchmarks/estimate.json; the README names them.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from helpers.training import RECIPES
 
 PUBLISHED = Run("cifar10", "any", "resnet18", RECIPES["fast"], epochs=80, seed=0)
 PUBLISHED_SECONDS = 156
+ESTIMATED = Path(__file__).parent / "estimate.json"
 FULL_TRAIN_SIZE = 45_000  # CIFAR-10 without its validation split
 
 
@@ -55,9 +58,10 @@ def main(runs_dir: Path) -> None:
     every = [*found, *(run for run in found if run.seed < lacking)]
     seconds = [cost(at_full_size(run)) / speed for run in every]
     print(f"{len(found)} runs in {runs_dir} stand for {len(seconds)} of the full study")
-    for gpus in (1, 8):
-        hours = seconds_on(gpus, seconds) / 3600
-        print(f"about {hours:.1f} h of training on {gpus} GPU{'s' * (gpus > 1)}, at least")
+    hours = {gpus: round(seconds_on(gpus, seconds) / 3600, 1) for gpus in (1, 8)}
+    for gpus, count in hours.items():
+        print(f"at least {count} h of training on {gpus} GPU{'s' * (gpus > 1)}")
+    ESTIMATED.write_text(json.dumps(hours, indent=1) + "\n")
 
 
 if __name__ == "__main__":

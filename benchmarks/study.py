@@ -4,7 +4,8 @@
 
 The notebooks run as in `make study`, on the profile's default dataset; FOLDER, which must not exist
 yet, keeps runs, data and results. The seconds of each notebook go into benchmarks/study.json, whose
-sums the README's table of profiles shows (`make publish` fills it in).
+sums the README's table of profiles shows as long as the profile is the one that was measured
+(`report/build.py --publish` fills it in).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from helpers import config, runs
@@ -38,7 +40,7 @@ def main(profile: str, folder: Path) -> int:
     (times,) = folder.glob("analysis/*/results/run_times.json")
     measured = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
     measured[profile] = {
-        "dataset": config.PROFILES[profile].default_dataset,
+        "profile": asdict(config.PROFILES[profile]),
         "machine": runs.machine(config.choose_device()),
         "seconds": json.loads(times.read_text()),
     }

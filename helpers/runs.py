@@ -756,8 +756,8 @@ class _Display:
         return elapsed / spent * (sum(self.costs.values()) - spent)
 
 
-# What an image costs besides its multiply-adds, in as many of them: on two cores a SimpleCNN of 0.8
-# million trains on 8,000 images/s, a ResNet-18 of 35 million on 1,000.
+# What an image costs besides its network's multiply-adds, expressed in multiply-adds: on two cores
+# SimpleCNN (0.8 million) trains on 8,000 images/s, ResNet-18 (35 million) on 1,000.
 OTHER_COST = 4e6
 
 

@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import typst
@@ -102,8 +103,9 @@ def profile_table() -> str:
     """
     studies = json.loads(STUDY_TIMES.read_text())
     lines = [
-        "| profile | default dataset | training images | width | epochs | seeds | measured |",
-        "|---|---|---|---|---|---|---|",
+        "| profile | default dataset | training images | pixels | width | epochs | seeds "
+        "| measured |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for profile in PROFILES.values():
         measured = []
@@ -112,13 +114,15 @@ def profile_table() -> str:
                 times = json.loads((folder / "results" / "run_times.json").read_text())
                 total = clock(sum(times.values()))
                 measured.append(f"{total} ({folder.name}, {len(times)} notebooks)")
-        if profile.name in studies:
-            study = studies[profile.name]
+        study = studies.get(profile.name)
+        # The times of a profile that was another one then say nothing.
+        if study and study["profile"] == asdict(profile) | {"seeds": list(profile.seeds)}:
             total = clock(sum(study["seconds"].values()))
-            measured.append(f"{total} ({study['dataset']}, {study['machine']['device']})")
+            measured.append(f"{total} ({profile.default_dataset}, {study['machine']['device']})")
         size = "all" if profile.train_size is None else f"{profile.train_size:,}"
         lines.append(
-            f"| {profile.name} | {profile.default_dataset} | {size} | {profile.width:g} | "
+            f"| {profile.name} | {profile.default_dataset} | {size} | "
+            f"{profile.image_size or 'its own'} | {profile.width:g} | "
             f"{profile.epochs} | {len(profile.seeds)} | {', '.join(measured) or 'not yet'} |"
         )
     return "\n".join(lines)

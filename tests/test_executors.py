@@ -85,6 +85,14 @@ def test_the_longest_runs_come_first(monkeypatch: pytest.MonkeyPatch, study: Stu
     assert list(results) == [wanted[0], wanted[1], wanted[2], wanted[3]]
 
 
+def test_costs_are_in_proportion_to_measured_times(study: Study) -> None:
+    small, large = (
+        runs.cost(make_run(model=name, image_size=32, width=0.25))
+        for name in ("simple_cnn", "resnet18")
+    )
+    assert large / small == pytest.approx(8, rel=0.3)  # images/s on two cores: 8,000 and 1,000
+
+
 def test_files_are_brought_back_and_never_over_those_that_are_there(
     study: Study, tmp_path: Path
 ) -> None:
