@@ -362,8 +362,8 @@ FAULTS = (
         ),
         (
             "the seed is ignored",
-            "_seed_all(self.seed + self.rank)",
-            "_seed_all(0)",
+            "torch.manual_seed(self.seed + self.rank)",
+            "torch.manual_seed(0)",
         ),
         (
             "a resumed run loses the optimizer's momentum",

@@ -60,15 +60,8 @@ class Split:
         """Return the first `count` images (all for None): stratified and nested subsets."""
         if count is None:
             return self
-        return Split(*(None if part is None else part[:count] for part in self._parts()))
-
-    def take(self, indices: np.ndarray) -> Split:
-        """Return the images at `indices`, in that order."""
-        index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
-        return Split(*(None if part is None else part[index] for part in self._parts()))
-
-    def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.images, self.labels, self.masks, self.mark_masks
+        parts = (self.images, self.labels, self.masks, self.mark_masks)
+        return Split(*(None if part is None else part[:count] for part in parts))
 
 
 @dataclass(frozen=True)

@@ -821,20 +821,17 @@ def side_by_side(
     heat: Tensor | np.ndarray,
     alpha: float = 0.5,
     height: int = 256,
-    label: str = "share of the map's maximum",
-    colormap: int = COLORMAP,
 ) -> np.ndarray:
     """Image, map, overlay, contour at 0.5 and colourbar in a row, `height` pixels high, uint8 RGB.
 
-    The image is enlarged without smoothing, the map smoothly. Arguments as `overlay` and
-    `colourbar`.
+    The image is enlarged without smoothing, the map smoothly. Arguments as `overlay`.
     """
     picture = _as_rgb(image)
     width = round(height * picture.shape[1] / picture.shape[0])
     picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST)
     heat = _as_heat(heat, (height, width))
-    panels = [picture, colourise(heat, colormap), overlay(picture, heat, alpha, colormap)]
-    panels += [contour(picture, heat), colourbar(height, label, colormap)]
+    panels = [picture, colourise(heat), overlay(picture, heat, alpha), contour(picture, heat)]
+    panels.append(colourbar(height))
     gap = np.full((height, 6, 3), 255, np.uint8)
     return np.hstack([part for panel in panels for part in (panel, gap)][:-1])
 

@@ -81,9 +81,9 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _show(axes: Axes, image: Tensor | np.ndarray, title: str = "", colour: str = "black") -> None:
+def _show(axes: Axes, image: Tensor | np.ndarray, title: str) -> None:
     axes.imshow(to_rgb(image), interpolation="nearest")
-    axes.set_title(_literal(title), fontsize=8, color=colour, fontweight="normal", pad=3)
+    axes.set_title(_literal(title), fontsize=8, fontweight="normal", pad=3)
     axes.set_axis_off()
 
 
@@ -766,7 +766,6 @@ def heat_panels(
     titles: Sequence[Sequence[str]],
     *,
     row_labels: Sequence[str] = (),
-    label: str = "share of the map's maximum",
     size: float = 1.35,
 ) -> Figure:
     """Show rows of pictures with titles, and the colour scale of the maps on the right."""
@@ -796,7 +795,7 @@ def heat_panels(
                 va="center",
                 fontsize=8,
             )
-    bar = colourbar(height=320, label=label)
+    bar = colourbar(height=320)
     side = figure.add_axes((1.0, 0.5 - min(0.4, 1.0 / len(rows) / height), 0.09, 0), frameon=False)
     share = min(0.9, 2.2 / (len(rows) * height))
     side.set_position((1.0, 0.5 - share / 2, 0.7 / (columns * size + 1.2), share))

@@ -364,11 +364,6 @@ def _stop_signal() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _seed_all(seed: int) -> None:
-    """Seed torch's global generators, from which dropout draws."""
-    torch.manual_seed(seed)
-
-
 def _generator_states(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -476,8 +471,8 @@ def train(
     back afterwards.
 
     Raises ValueError for a batch larger than the training split, or one that the processes can't
-    share equally, TrainingDiverged when the loss
-    isn't finite, OutOfMemory, and CheckpointError for a resume.pt that can't be used.
+    share equally, TrainingDiverged when the loss isn't finite, OutOfMemory, and CheckpointError
+    for a resume.pt that can't be used.
     """
     device = device or torch.device("cpu")
     check("epochs", epochs, is_whole(epochs), "a positive whole number")
@@ -579,7 +574,7 @@ class _Loop:
         on_epoch: Callable[[EpochRecord], None] | None,
         stop: list[int],
     ) -> Trained:
-        _seed_all(self.seed + self.rank)
+        torch.manual_seed(self.seed + self.rank)  # dropout draws from torch's global generators
         if self.folder is not None and (self.folder / "resume.pt").exists():
             self._restore(load_checkpoint(self.folder / "resume.pt", self.identity))
         self._check_same_place()

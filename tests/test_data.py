@@ -1639,20 +1639,16 @@ def test_make_loader_asks_a_gpu_for_its_free_memory(
 # --- Split -------------------------------------------------------------------------------------
 
 
-def test_take_and_first_keep_everything_together() -> None:
+def test_first_keeps_everything_together() -> None:
     masks = torch.rand(23, 32, 32) > 0.5
     split = Split(split_of().images, torch.arange(23), masks, ~masks)
-    for part, expected in (
-        (split.take(np.array([5, 2, 2])), [5, 2, 2]),
-        (split.first(3), [0, 1, 2]),
-        (split.first(None), list(range(23))),
-        (split.take([]), []),
-    ):
+    for count, expected in ((3, [0, 1, 2]), (None, list(range(23)))):
+        part = split.first(count)
         assert part.labels.tolist() == expected and len(part) == len(expected)
         assert torch.equal(part.images, split.images[expected])
         assert torch.equal(part.masks, masks[expected])
         assert torch.equal(part.mark_masks, ~masks[expected])
-    assert split_of().take([1]).masks is None
+    assert split_of().first(1).masks is None
 
 
 def test_drawn_splits_are_kept_and_a_damaged_file_is_drawn_again(
