@@ -269,7 +269,9 @@ SHAPES_PROBE = 200  # images of each split that the fingerprint covers: the rest
 def _draw_split(name: str, split: str, count: int, size: int, data_dir: Path) -> tuple[Split, str]:
     """Draw a split, or read it from data_dir/drawn/ if the same program drew it before."""
     labels = np.arange(max(count, SHAPES_PROBE)) % len(shapes.CLASSES)
-    program = hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()[:12]
+    # Another OpenCV or NumPy may draw other pixels: both are part of the program.
+    source = Path(shapes.__file__).read_bytes() + f"{cv2.__version__} {np.__version__}".encode()
+    program = hashlib.sha256(source).hexdigest()[:12]
     path = data_dir / "drawn" / f"{name}-{split}-{len(labels)}-{size}px-{program}.npz"
     try:
         drawn = dict(np.load(path, allow_pickle=False))

@@ -1673,3 +1673,16 @@ def test_drawn_splits_are_kept_and_a_damaged_file_is_drawn_again(
     third = drawn()
     assert torch.equal(first.train.images, third.train.images)
     assert third.fingerprint == first.fingerprint
+
+
+def test_another_opencv_draws_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"train_size": 20, "validation_size": 10, "test_size": 10}
+    load_dataset("shapes", image_size=16, data_dir=tmp_path, **sizes)
+    data._draw_split.cache_clear()
+    drawn = []
+    draw = data.shapes.draw
+    monkeypatch.setattr(data.cv2, "__version__", "0.0")
+    monkeypatch.setattr(data.shapes, "draw", lambda *a, **k: drawn.append(1) or draw(*a, **k))
+    load_dataset("shapes", image_size=16, data_dir=tmp_path, **sizes)
+    assert len(drawn) == 3
+    data._draw_split.cache_clear()

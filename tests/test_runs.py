@@ -318,7 +318,9 @@ def test_a_damaged_file_is_named_and_not_retrained(
     if damage == "missing":
         path.unlink()
     else:
-        content[len(content) // 2] ^= 1
+        # The middle of result.json may be a float's last digit, which can leave it the same number.
+        place = content.index(b"metrics") if name == "result.json" else len(content) // 2
+        content[place] ^= 1
         path.write_bytes({"flipped": content, "truncated": content[:-9]}.get(damage, b""))
     with pytest.raises(RunError, match="is missing" if damage == "missing" else "is damaged") as e:
         load_or_train(run, stored)
