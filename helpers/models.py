@@ -23,20 +23,19 @@ from helpers.config import as_float, check, is_whole
 LARGEST_CIFAR_STEM_SIZE = 64
 
 
-class SubsampleShortcut(nn.Module):
-    """Shortcut without parameters: every second pixel, new channels filled with zeros.
+class ZeroChannels(nn.Module):
+    """Shortcut without parameters: new channels filled with zeros.
 
-    Option A of He et al. (2016), section 3.3.
+    Option A of He et al. (2016), section 3.3; the block has taken every second pixel.
     """
 
-    def __init__(self, stride: int, new_channels: int) -> None:
+    def __init__(self, new_channels: int) -> None:
         super().__init__()
-        self.stride = stride
         self.new_channels = new_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """N x C x H x W -> N x (C + new_channels) x H/stride x W/stride."""
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        """N x C x H x W -> N x (C + new_channels) x H x W."""
+        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
 
 
 class BasicBlock(nn.Module):
@@ -60,6 +59,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
         self.downsample = shortcut
         self.residual = residual
 
@@ -68,7 +68,9 @@ class BasicBlock(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.residual:
-            out = out + (x if self.downsample is None else self.downsample(x))
+            if self.downsample is not None:
+                x = self.downsample(x[:, :, :: self.stride, :: self.stride])
+            out = out + x
         return F.relu(out)
 
 
@@ -96,6 +98,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
         self.downsample = shortcut
         self.residual = residual
 
@@ -105,7 +108,9 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         if self.residual:
-            out = out + (x if self.downsample is None else self.downsample(x))
+            if self.downsample is not None:
+                x = self.downsample(x[:, :, :: self.stride, :: self.stride])
+            out = out + x
         return F.relu(out)
 
 
@@ -116,6 +121,10 @@ class ResNet(nn.Module):
     but the first halves the resolution. `stem` is "imagenet" (7x7 convolution of stride 2 and
     max-pooling) or "cifar" (one 3x3 convolution). `projection` says what a shortcut does where
     the shape changes: a 1x1 convolution (option B), or, if False, option A without parameters.
+
+    A shortcut takes every second pixel before its convolution, in place of a convolution of
+    stride 2. That is the same, but on CPUs the gradient of a 1x1 convolution of stride 2 writes
+    past its memory, and is wrong, for fewer than 16 channels in channels_last (oneDNN issue 6035).
     """
 
     def __init__(
@@ -153,11 +162,11 @@ class ResNet(nn.Module):
                 if residual and (stride != 1 or width != out_channels):
                     shortcut = (
                         nn.Sequential(
-                            nn.Conv2d(width, out_channels, 1, stride, bias=False),
+                            nn.Conv2d(width, out_channels, 1, bias=False),
                             nn.BatchNorm2d(out_channels),
                         )
                         if projection
-                        else SubsampleShortcut(stride, out_channels - width)
+                        else ZeroChannels(out_channels - width)
                     )
                 stage.append(block(width, channels[i], stride, shortcut, residual))
                 width = out_channels

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+import subprocess
+import sys
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from helpers.config import ROOT
 from helpers.models import (
     CIFAR_RESNETS,
     IMAGENET_RESNETS,
@@ -17,7 +20,7 @@ from helpers.models import (
     Bottleneck,
     ResNet,
     SimpleCNN,
-    SubsampleShortcut,
+    ZeroChannels,
     build_model,
     count_parameters,
     default_stem,
@@ -137,26 +140,56 @@ def test_a_silent_branch_leaves_relu_of_the_identity(
 def test_blocks_add_their_shortcut_before_the_last_relu() -> None:
     torch.manual_seed(0)
     x = images(3, 6, channels=4)
-    shortcut = SubsampleShortcut(2, 4)
+    shortcut = ZeroChannels(4)
     residual = BasicBlock(4, 8, 2, shortcut, True).eval()
     plain = BasicBlock(4, 8, 2, None, False).eval()
     plain.load_state_dict(residual.state_dict())
     before_relu = {}
     plain.bn2.register_forward_hook(lambda module, given, out: before_relu.update(out=out))
     torch.testing.assert_close(plain(x), before_relu["out"].relu())
-    torch.testing.assert_close(residual(x), (before_relu["out"] + shortcut(x)).relu())
+    added = before_relu["out"] + shortcut(x[:, :, ::2, ::2])
+    torch.testing.assert_close(residual(x), added.relu())
 
 
 @pytest.mark.parametrize("size", [6, 7])
 def test_option_a_takes_every_second_pixel_and_fills_with_zeros(size: int) -> None:
-    x = images(2, size, channels=3)
-    out = SubsampleShortcut(2, 5)(x)
+    x = images(2, size, channels=3).abs()  # the block ends with a ReLU
+    block = BasicBlock(3, 8, 2, ZeroChannels(5), True).eval()
+    nn.init.zeros_(block.bn2.weight)  # leaves the shortcut alone
+    out = block(x)
     half = (size + 1) // 2
     assert out.shape == (2, 8, half, half)
     for row in range(half):
         for column in range(half):
             torch.testing.assert_close(out[:, :3, row, column], x[:, :, 2 * row, 2 * column])
     assert not out[:, 3:].any()
+
+
+@pytest.mark.parametrize("name", [*IMAGENET_RESNETS, *CIFAR_RESNETS])
+def test_no_convolution_of_one_pixel_has_a_stride(name: str) -> None:
+    with torch.device("meta"):
+        model = build_model(name, num_classes=10)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert not [m for m in convolutions if m.kernel_size == (1, 1) and m.stride != (1, 1)]
+
+
+def test_narrow_networks_train_on_any_number_of_images() -> None:
+    # In a process of its own: with strided 1x1 convolutions it dies on processors with AVX-512.
+    program = """
+import torch
+from helpers.models import build_model
+
+for count, threads in ((5, 2), (20, 3)):
+    torch.set_num_threads(threads)
+    model = build_model("resnet18", num_classes=3, width=0.125)
+    model = model.to(memory_format=torch.channels_last)
+    images = torch.randn(count, 3, 16, 16).to(memory_format=torch.channels_last)
+    for _ in range(10):
+        model(images).square().sum().backward()
+print("done")
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
 
 
 # --- Residual or plain -------------------------------------------------------------------------
@@ -179,7 +212,7 @@ def test_plain_networks_have_no_shortcuts(name: str) -> None:
     assert additions(plain) == 0
     kept = [key for key in residual.state_dict() if "downsample" not in key]
     assert list(plain.state_dict()) == kept
-    assert not [m for m in plain.modules() if isinstance(m, SubsampleShortcut)]
+    assert not [m for m in plain.modules() if isinstance(m, ZeroChannels)]
 
 
 # --- Stem, width, dropout, channels ------------------------------------------------------------
