@@ -23,6 +23,16 @@ from helpers.config import as_float, check, is_whole
 LARGEST_CIFAR_STEM_SIZE = 64
 
 
+def every_nth_pixel(x: Tensor, stride: int) -> Tensor:
+    """Return N x C x H/stride x W/stride: the pixels that a 1x1 convolution of this stride sees.
+
+    In place of that stride, since on CPUs the gradient of such a convolution writes past its
+    memory, or is wrong, for fewer than 16 channels in channels_last (oneDNN issue 6035). Pooling
+    single pixels leaves them as they are; unlike indexing it keeps channels_last on the way back.
+    """
+    return x if stride == 1 else F.avg_pool2d(x, 1, stride)
+
+
 class ZeroChannels(nn.Module):
     """Shortcut without parameters: new channels filled with zeros.
 
@@ -69,7 +79,7 @@ class BasicBlock(nn.Module):
         out = self.bn2(self.conv2(out))
         if self.residual:
             if self.downsample is not None:
-                x = self.downsample(x[:, :, :: self.stride, :: self.stride])
+                x = self.downsample(every_nth_pixel(x, self.stride))
             out = out + x
         return F.relu(out)
 
@@ -109,7 +119,7 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(out))
         if self.residual:
             if self.downsample is not None:
-                x = self.downsample(x[:, :, :: self.stride, :: self.stride])
+                x = self.downsample(every_nth_pixel(x, self.stride))
             out = out + x
         return F.relu(out)
 
@@ -121,10 +131,6 @@ class ResNet(nn.Module):
     but the first halves the resolution. `stem` is "imagenet" (7x7 convolution of stride 2 and
     max-pooling) or "cifar" (one 3x3 convolution). `projection` says what a shortcut does where
     the shape changes: a 1x1 convolution (option B), or, if False, option A without parameters.
-
-    A shortcut takes every second pixel before its convolution, in place of a convolution of
-    stride 2. That is the same, but on CPUs the gradient of a 1x1 convolution of stride 2 writes
-    past its memory, and is wrong, for fewer than 16 channels in channels_last (oneDNN issue 6035).
     """
 
     def __init__(
