@@ -30,6 +30,7 @@ help:
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python {v.major}.{v.minor} found, 3.10 or newer needed: make PYTHON=python3.12 ...")'
+	@echo "installing into $(VENV): some gigabytes, a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
@@ -45,7 +46,7 @@ $(INSTALLED_RAY): $(INSTALLED) pyproject.toml
 
 study: $(if $(filter ray,$(EXECUTOR)),$(INSTALLED_RAY),$(INSTALLED))
 	$(BIN)/python -m helpers.notebooks $(NOTEBOOKS)
-	$(if $(NOTEBOOKS),@echo "The report needs the results of all notebooks; then: make report",$(BIN)/python report/build.py)
+	$(if $(NOTEBOOKS),@echo "When all notebooks have run: make report$(foreach v,PROFILE DATASET ANALYSIS_DIR,$(if $($v), $v=\"$($v)\"))",$(BIN)/python report/build.py)
 
 test: $(INSTALLED_PEERS)
 	$(BIN)/ruff check .

@@ -338,6 +338,8 @@ def read_image(path: Path | str) -> np.ndarray:
 
 
 def _decode_file(path: Path) -> np.ndarray:
+    if not path.stat().st_size:
+        raise ValueError("it is empty")
     try:
         image = Image.open(path)
     except UnidentifiedImageError:
@@ -377,12 +379,17 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     }
 
 
+# What Windows leaves in folders of pictures.
+NO_IMAGES = ("thumbs.db", "desktop.ini")
+
+
 def _image_files(folder: Path) -> list[Path]:
     """Return a class's files, sorted by name; hidden ones and folders don't count."""
 
     def counts(entry: os.DirEntry) -> bool:
+        hidden = entry.name.startswith(".") or entry.name.lower() in NO_IMAGES
         try:
-            return not entry.name.startswith(".") and entry.is_file()
+            return not hidden and entry.is_file()
         except OSError:  # a symbolic link to itself
             return False
 
@@ -553,6 +560,29 @@ def _folder_dataset(
     return _split_pool(name, FOLDER_TITLES.get(dataset_slug(name), root.name), pool, True)
 
 
+def _folder(name: str) -> Path:
+    return Path(os.path.expanduser(name)).resolve()
+
+
+def _unknown(name: str) -> ValueError:
+    return ValueError(
+        f"dataset {name!r} is unknown; choose one of {', '.join(DATASETS)}, or give the path "
+        f"of a folder of images (./{name} if you mean a folder here)"
+    )
+
+
+def check_dataset(name: str) -> None:
+    """Raise what `load_dataset` would for an unknown name or a folder of another layout.
+
+    Nothing is decoded or downloaded.
+    """
+    if name in DATASETS:
+        return
+    if not is_path(name):
+        raise _unknown(name)
+    _list_folder(_folder(name))
+
+
 def load_dataset(
     name: str,
     *,
@@ -587,14 +617,11 @@ def load_dataset(
     elif name in DATASETS:
         dataset = _real_dataset(name, image_size, Path(data_dir).resolve())
     elif is_path(name):
-        root = Path(os.path.expanduser(name)).resolve()
+        root = _folder(name)
         state = _folder_state(root)
         dataset = _folder_dataset(name, root, image_size, Path(data_dir).resolve(), state)
     else:
-        raise ValueError(
-            f"dataset {name!r} is unknown; choose one of {', '.join(DATASETS)}, or give the path "
-            f"of a folder of images (./{name} if you mean a folder here)"
-        )
+        raise _unknown(name)
     kept = {}
     for split, size in zip(SPLITS, sizes, strict=True):
         whole: Split = getattr(dataset, split)
@@ -879,7 +906,12 @@ def normalisation(mean: Tensor, deviation: Tensor, device: torch.device) -> tupl
 
 
 def normalise(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """Turn N x 3 x H x W uint8 images into the float32 input of a network (channels last)."""
+    """Turn N x 3 x H x W uint8 images into the float32 input of a network (channels last).
+
+    Raises TypeError for images of another type.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}; expected uint8, 0 to 255")
     scale, offset = normalisation(mean, deviation, images.device)
     images = images.contiguous(memory_format=torch.channels_last)
     return torch.addcmul(offset, images.float(), scale)

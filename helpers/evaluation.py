@@ -211,7 +211,7 @@ def percent(share: float, sign: str = "") -> str:
     second accuracy ends in a half, and format() would round it now up, now down.
     """
     rounded = Decimal(repr(round(100 * float(share), 9))).quantize(Decimal("0.1"), ROUND_HALF_UP)
-    return f"{rounded:{sign}}"
+    return f"{rounded + 0:{sign}}"  # adding 0 makes -0.0 0.0
 
 
 def bootstrap_interval(

@@ -254,8 +254,11 @@ def cam(
         ValueError: unknown method, layer or size; a layer without spatial extent, of another model
             or without influence on the score; classes out of range or too few; NaN or infinite
             images, logits or maps; logits of another shape; images that the model fails on.
-        TypeError: images that are no floating-point tensor, or classes that are no integers.
+        TypeError: a model that is no network, images that are no floating-point tensor, or classes
+            that are no integers.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch network; got {type(model).__name__}.")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
     if not isinstance(size, str) or size not in ("input", "layer"):

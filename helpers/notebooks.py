@@ -30,6 +30,7 @@ from typing import Any, TextIO
 
 from helpers import config
 from helpers.config import ROOT, Study
+from helpers.data import check_dataset
 from helpers.training import write_atomically
 
 NOTEBOOKS_DIR = ROOT / "notebooks"
@@ -106,7 +107,14 @@ def run_series(paths: Sequence[Path], study: Study) -> bool:
     The first that fails is saved as far as it got, its error is printed, and the series stops.
     """
     out_dir = study.analysis_dir / study.set_name / "notebooks"
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{out_dir} can't be made ({error.strerror}); set ANALYSIS_DIR to a folder that can be "
+            "written",
+        ) from error
     times = _read_times(study)
     with _Terminal(paths, times) as terminal:
         for path in paths:
@@ -115,7 +123,10 @@ def run_series(paths: Sequence[Path], study: Study) -> bool:
             seconds = terminal.end_notebook()
             if error:
                 terminal.stop()
-                print(f"\n{error}\n\n{path.name} failed; as far as it got: {out_dir / path.name}")
+                print(
+                    f"\n{error}\n\n{path.name} failed in cell {terminal.cell}; as far as it got, "
+                )
+                print(f"with the trace of its error: {out_dir / path.name}")
                 return False
             # Run times are those of a first run: a later one reads stored runs and is shorter.
             times[path.stem] = max(seconds, times.get(path.stem, 0.0))
@@ -187,7 +198,7 @@ def _run_notebook(path: Path, out: Path, terminal: _Terminal) -> str | None:
     except CellExecutionError as error:
         if interrupted:
             raise KeyboardInterrupt from None
-        return str(error)
+        return f"{error.ename}: {error.evalue}"
     except DeadKernelError:
         return "the kernel died, perhaps for lack of memory: lower train_size, width or batch_size"
     finally:
@@ -303,6 +314,10 @@ class _Terminal:
         return max(0.0, current, here or 0.0) + later
 
 
+def _counted(paths: Sequence[Path]) -> str:
+    return "1 notebook" if len(paths) == 1 else f"{len(paths)} notebooks"
+
+
 def clock(seconds: float) -> str:
     """Write a time as 45 s, 3:07 min or 2:05:00 h."""
     whole = round(seconds)
@@ -369,18 +384,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         study = config.study()
         paths = find_notebooks(options.names)
-    except ValueError as error:
+        check_dataset(study.dataset)
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(
-        f"{len(paths)} notebooks, profile {study.profile.name}, dataset {study.dataset}, "
+        f"{_counted(paths)}, profile {study.profile.name}, dataset {study.dataset}, "
         f"device {study.device}"
     )
     begun = time.monotonic()
     try:
         succeeded = run_series(paths, study)
     except KeyboardInterrupt:
-        print("\ninterrupted; the training that was going on has left a checkpoint")
+        print("\ninterrupted; the same command goes on, with training from its last checkpoint")
         return 130
     except OSError as error:  # a full disk, or a folder that can't be written
         print(f"\n{error}", file=sys.stderr)
@@ -389,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.publish:
         publish(paths, study)
-    print(f"\n{len(paths)} notebooks in {clock(time.monotonic() - begun)}. Now there are:")
+    print(f"\n{_counted(paths)} in {clock(time.monotonic() - begun)}. Now there are:")
     here = study.analysis_dir / study.set_name
     for what, where in (
         ("executed notebooks", here / "notebooks"),

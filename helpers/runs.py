@@ -7,6 +7,7 @@ trains it. `python -m helpers.runs` lists what is stored.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -239,6 +240,7 @@ def make_run(study: Study, dataset: Dataset, model: str, *, seed: int, **changes
     """
     profile = study.profile
     recipe = changes.pop("recipe", RECIPES["fast"])
+    check("recipe", recipe, isinstance(recipe, Recipe), "a Recipe, such as RECIPES['fast']")
     batch_size = min(recipe.batch_size, profile.batch_size, len(dataset.train))
     fields = {
         "epochs": profile.epochs,
@@ -406,7 +408,8 @@ def _checksum(summary: dict[str, Any]) -> str:
 def load_result(run: Run, folder: Path) -> Result:
     """Read a finished run. Every file is checked against its checksum.
 
-    Raises RunError, naming the file and the remedy, for one that is damaged or of another format.
+    Raises FileNotFoundError for a run that isn't finished, and RunError, naming the file and the
+    remedy, for one that is damaged or of another format.
     """
     remedy = f"Delete the folder {folder} to train this run again."
     path = folder / "result.json"
@@ -593,6 +596,7 @@ def train_all(
     `executor` (None: the study's) is "local", one after the other in this process, or "ray", see
     `helpers.executors`.
     """
+    check("runs", runs, not isinstance(runs, Run), "a list of Runs")
     study = study or config.study()
     executor = executor or study.executor
     check("executor", executor, executor in config.EXECUTORS, " or ".join(config.EXECUTORS))
@@ -773,7 +777,7 @@ def cost(run: Run) -> float:
 
 
 def stored_runs(runs_dir: Path) -> pd.DataFrame:
-    """Return one row for each folder under runs/: key, state, and the headline metrics.
+    """Return one row for each folder under runs/: key, state, settings and headline metrics.
 
     States: finished, failed, resumable (a checkpoint is there), begun.
     """
@@ -783,6 +787,14 @@ def stored_runs(runs_dir: Path) -> pd.DataFrame:
         if not (folder / "run.json").exists():
             continue
         row: dict[str, Any] = {"run": folder.name, "state": "begun"}
+        with contextlib.suppress(ValueError):  # of a newer or damaged format
+            run = read_run(folder / "run.json")
+            row |= {
+                "images": run.train_size or "all",
+                "width": run.width,
+                "dropout": run.dropout,
+                "weight decay": run.recipe.weight_decay,
+            }
         if (folder / "result.json").exists():
             try:
                 result = load_result(read_run(folder / "run.json"), folder)
@@ -903,8 +915,12 @@ def _plain(value: Any) -> Any:
 
 
 def main() -> int:
-    """List the stored runs of the study that the environment asks for."""
-    runs_dir = config.study().runs_dir
+    """List the stored runs of the study that the environment asks for; return the exit code."""
+    try:
+        runs_dir = config.study().runs_dir
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     table = stored_runs(runs_dir)
     if table.empty:
         print(f"no runs in {runs_dir}")

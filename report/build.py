@@ -35,6 +35,7 @@ def build(set_folder: Path) -> bytes:
         raise FileNotFoundError(
             f"{set_folder} has no results; run `make study` with the same PROFILE and DATASET first"
         )
+    check_one_dataset(set_folder)
     # Typst reads below one root only; a set elsewhere (ANALYSIS_DIR) is linked in by its own root.
     root = ROOT if set_folder.is_relative_to(ROOT) else Path("/")
     try:
@@ -50,6 +51,24 @@ def build(set_folder: Path) -> bytes:
             f"the report of {set_folder} can't be built: {error}. If a result or figure is "
             "missing, run all notebooks with `make study`."
         ) from error
+
+
+def check_one_dataset(set_folder: Path) -> None:
+    """Raise ValueError if a set's results are of several datasets.
+
+    Folders of the same name write to the same set, and a folder's images may change.
+    """
+    seen: dict[int, tuple[str, str]] = {}
+    for path in sorted((set_folder / "results").glob("[0-9][0-9]_*.json")):
+        about = json.loads(path.read_text())["data"]
+        found = about["title"], about["fingerprint"]
+        expected = seen.setdefault(about["image_size"], found)
+        if found != expected:
+            raise ValueError(
+                f"{path} is about {found[0]} (fingerprint {found[1]}), other results of this set "
+                f"about {expected[0]} ({expected[1]}). Run all notebooks again with `make study`; "
+                "for two folders of the same name give one another name or ANALYSIS_DIR"
+            )
 
 
 STUDY_TIMES = ROOT / "benchmarks" / "study.json"  # written by benchmarks/study.py

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import config, plots, training
-from helpers.data import DATASETS, NO_AUGMENTATION, load_dataset, read_image
+from helpers.data import DATASETS, NO_AUGMENTATION, check_dataset, load_dataset, read_image
 from helpers.gradcam import cam
 from helpers.models import MODELS, build_model
 from helpers.runs import Run, RunError, load_or_train, load_result, read_run, stored_runs
@@ -198,8 +198,9 @@ def test_a_bad_argument_of_load_dataset_is_named(data: st.DataObject) -> None:
 def test_a_dataset_that_is_not_there_is_named(name: str) -> None:
     assume(name and name not in DATASETS and "\0" not in name)
     assume(not os.path.isdir(os.path.expanduser(name)))
-    with refused(ValueError, FileNotFoundError, naming=str(Path(name).name)):
-        load_dataset(name)
+    for ask in (load_dataset, check_dataset):
+        with refused(ValueError, FileNotFoundError, naming=str(Path(name).name)):
+            ask(name)
 
 
 @tries(60)

@@ -620,11 +620,24 @@ def test_hidden_files_and_nested_folders_do_not_count(
 ) -> None:
     before = load(folder).fingerprint
     (folder / "train" / "cat" / ".DS_Store").write_text("x")
+    (folder / "train" / "cat" / "Thumbs.db").write_text("x")
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     (folder / "train" / "cat" / "nested").mkdir()
     (folder / "train" / "readme.txt").write_text("x")
     (folder / "notes.txt").write_text("x")
     assert load(folder).fingerprint == before
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    path = tmp_path / "empty.png"
+    path.touch()
+    with pytest.raises(ValueError, match=r"empty.png can't be read as an image \(it is empty\)"):
+        data.read_image(path)
+
+
+def test_only_bytes_are_normalised() -> None:
+    with pytest.raises(TypeError, match=r"torch.float32; expected uint8"):
+        data.normalise(torch.rand(2, 3, 4, 4), torch.zeros(3), torch.ones(3))
 
 
 def test_images_are_resized_to_squares(tmp_path: Path, load: Callable[..., Dataset]) -> None:

@@ -745,6 +745,8 @@ def test_wrong_images(images, error, message):
 
 def test_wrong_layers_methods_and_outputs():
     model = SmallNet()
+    with pytest.raises(TypeError, match="model must be a torch network; got Tensor"):
+        cam(IMAGES, model)
     with pytest.raises(ValueError, match=r"'layer9' is no layer.*layer1, .*layer3\.0"):
         cam(model, IMAGES, layers="layer9")
     with pytest.raises(ValueError, match="the Sequential given is no layer of this model"):

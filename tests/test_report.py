@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,21 @@ def test_readme_tables_are_those_of_the_committed_results() -> None:
     assert text == report_build.fill_readme(text, PUBLISHED[0])
 
 
+def test_the_readme_s_python_runs(tmp_path: Path) -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("    import os; "))
+    end = next(i for i, line in enumerate(lines) if i > start and not line.startswith("    "))
+    program = [line.removeprefix("    ") for line in lines[start:end]]
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join([*program, "print(tuple(maps.shape))"])],
+        cwd=ROOT,
+        env=os.environ | {"RUNS_DIR": str(tmp_path), "PROGRESS": "none"},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout) == (0, "(8, 16, 16)\n"), run.stderr
+
+
 def test_a_missing_number_is_an_error(copied_set: Path) -> None:
     path = copied_set / "results" / "04_depth.json"
     values = json.loads(path.read_text())
@@ -56,6 +74,16 @@ def test_a_changed_number_changes_the_report(copied_set: Path) -> None:
     values["epochs"] += 1
     path.write_text(json.dumps(values))
     assert report_build.build(copied_set) != before
+
+
+@pytest.mark.parametrize("changed", ["title", "fingerprint"])
+def test_results_of_two_datasets_are_not_mixed(copied_set: Path, changed: str) -> None:
+    path = copied_set / "results" / "03_regularization.json"
+    values = json.loads(path.read_text())
+    values["data"][changed] = "another"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"03_regularization.json is about .*another.* CIFAR-10"):
+        report_build.build(copied_set)
 
 
 def test_no_results_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

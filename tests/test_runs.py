@@ -571,11 +571,27 @@ def test_the_command_lists_stored_runs(
     shown = capsys.readouterr()
     assert shown.err == ""
     header, *rows = shown.out.splitlines()
-    assert header.split() == ["run", "state", "epochs", "test", "accuracy", "gap", "seconds"] + [
-        "device"
-    ]
+    names = "run state images width dropout weight decay epochs test accuracy gap seconds device"
+    assert header.split() == names.split()
     assert [row.split()[:2] for row in rows] == [["half", "begun"], [run.key, "finished"]]
-    assert rows[1].split()[2] == "2"
+    assert rows[1].split()[2:7] == ["80", "0.25", "0.2", "0.0", "2"]
+
+
+def test_the_command_says_what_is_wrong_with_a_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PROFILE", "huge")
+    config.study.cache_clear()
+    assert runs.main() == 2
+    assert "PROFILE='huge' is unknown" in capsys.readouterr().err
+
+
+def test_what_isnt_a_recipe_or_a_list_of_runs_is_named(stored: Study, run: Run) -> None:
+    dataset = run.load_data(stored.data_dir)
+    with pytest.raises(ValueError, match="recipe is 'fast'; expected a Recipe"):
+        runs.make_run(stored, dataset, "resnet18", seed=0, recipe="fast")
+    with pytest.raises(ValueError, match="expected a list of Runs"):
+        runs.train_all(run, stored)
 
 
 def test_the_command_says_when_there_is_nothing(

@@ -115,7 +115,8 @@ def test_a_failure_stops_the_series_and_is_saved_as_far_as_it_got(
     assert failing[0].ename == "ZeroDivisionError"
     assert too_far == []
     shown = capsys.readouterr().out
-    assert "ZeroDivisionError" in shown and "01_fails.ipynb failed; as far as it got: " in shown
+    assert "\nZeroDivisionError: division by zero\n" in shown and "\x1b" not in shown
+    assert "01_fails.ipynb failed in cell 3; as far as it got" in shown
     executed = study.analysis_dir / study.set_name / "notebooks"
     assert [path.name for path in executed.iterdir()] == ["01_fails.ipynb"]
     assert not (study.results_dir / "run_times.json").exists()
@@ -205,7 +206,7 @@ def test_an_interrupt_leaves_a_checkpoint(folder: Path, study: Study, tmp_path: 
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130, shown
-    assert "interrupted; the training that was going on has left a checkpoint" in shown
+    assert "interrupted; the same command goes on, with training from its last checkpoint" in shown
     (run,) = (tmp_path / "here" / "runs").iterdir()
     assert (run / "resume.pt").exists() and not (run / "result.json").exists()
     assert outputs(study, "01_trains")[0][0].text == "so far\n"
@@ -257,7 +258,26 @@ def test_a_folder_that_cannot_be_written_is_named(
     monkeypatch.setenv("ANALYSIS_DIR", str(tmp_path / "a file"))
     config.study.cache_clear()
     assert notebooks.main([]) == 1
-    assert str(tmp_path / "a file") in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"{tmp_path / 'a file'}/" in shown and "set ANALYSIS_DIR to a folder" in shown
+
+
+@pytest.mark.usefixtures("from_environment")
+@pytest.mark.parametrize("name", ["cifar11", "./not/there"])
+def test_a_mistyped_dataset_is_refused_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    write(folder / "01_first.ipynb")
+    monkeypatch.setenv("ANALYSIS_DIR", str(tmp_path / "analysis"))
+    monkeypatch.setenv("DATASET", name)
+    config.study.cache_clear()
+    assert notebooks.main([]) == 2
+    assert name.removeprefix(".") in capsys.readouterr().err
+    assert not (tmp_path / "analysis").exists()
 
 
 # --- Set-up ------------------------------------------------------------------------------------
