@@ -778,7 +778,8 @@ NOTEBOOK_FAULTS = {
         "a bottleneck's stride sits on the 1x1 convolution",
         "maximum in place of average pooling",
     ),
-    "04_depth": ("the published rate of a recipe is changed", "severities are one off"),
+    "03_regularization": ("severities are one off",),
+    "04_depth": ("the published rate of a recipe is changed",),
     "05_gradcam": (
         "the gradient's sign is flipped",
         "maps aren't rectified",

@@ -293,8 +293,8 @@ class _Terminal:
             parts.append(f"about {clock(left)} left")
         if training:
             parts.append(
-                f"run {training['number']}/{training['count']}: {training['run']}, epoch "
-                f"{training['epoch']}/{training['epochs']}, {training['state']}"
+                f"run {training['number']}/{training['count']}, epoch {training['epoch']}/"
+                f"{training['epochs']}: {training['run']}, {training['state']}"
             )
         return " | ".join(parts)
 

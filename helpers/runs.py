@@ -171,11 +171,20 @@ class Run:
         return "-".join([*parts, digest])
 
     def label(self) -> str:
-        """Return a short name for progress displays."""
+        """Return a short name for progress displays: with what differs from the named recipe."""
         kind = "" if self.residual else " plain"
         if self.start is not None:
             kind += " pruned" if isinstance(self.start, Pruning) else " transferred"
-        return f"{self.model}{kind}, recipe {self.recipe.name}, seed {self.seed}"
+        recipe, named = self.recipe, RECIPES.get(self.recipe.name, self.recipe)
+        parts = {
+            f"{self.model}{kind}, recipe {recipe.name}": True,
+            f"weight decay {recipe.weight_decay:g}": recipe.weight_decay != named.weight_decay,
+            "augmentation changed": recipe.augmentation != named.augmentation,
+            f"dropout {self.dropout:g}": self.dropout,
+            f"patience {self.patience}": self.patience,
+            f"seed {self.seed}": True,
+        }
+        return ", ".join(text for text, said in parts.items() if said)
 
     def build(self, num_classes: int, image_size: int) -> nn.Module:
         """Return the untrained network, its weights drawn from the run's seed alone."""

@@ -418,8 +418,8 @@ def test_the_display_says_where_the_series_is(tmp_path: Path) -> None:
     }
     terminal.progress_file.write_text(json.dumps(training))
     line = terminal._line(terminal._training())
-    assert line.startswith("[1/2] 01_first, cell 3/9 | about 2:40 min left | run 2/6: resnet18")
-    assert line.endswith("epoch 4/12, loss 0.500")
+    assert line.startswith("[1/2] 01_first, cell 3/9 | about 2:40 min left | run 2/6, epoch 4/12: ")
+    assert line.endswith("4/12: resnet18, seed 0, loss 0.500")
     terminal.times.pop("02_second")  # never run before: only the training can be estimated
     assert "about 30 s left" in terminal._line(training)
     assert "left" not in terminal._line(None)
