@@ -108,6 +108,11 @@ FAULTS = (
             "(0, 0, 0, 0, self.new_channels, 0)",
         ),
         (
+            "a shortcut averages pixels in place of taking one",
+            "F.avg_pool2d(x, 1, stride)",
+            "F.avg_pool2d(x, stride, stride)",
+        ),
+        (
             "64-pixel images get the ImageNet stem",
             'return "cifar" if image_size <= LARGEST',
             'return "cifar" if image_size < LARGEST',
