@@ -19,7 +19,7 @@ import torch
 
 from helpers.config import ROOT, Study
 from helpers.runs import Run, RunError, load_or_train
-from helpers.training import Progress, write_atomically
+from helpers.training import Progress, leave, stop_signals, write_atomically
 
 # How often a run is taken up again when its process or its machine dies.
 RESTARTS = 5
@@ -33,7 +33,7 @@ def train_with_ray(runs: Sequence[Run], study: Study, display: Any) -> None:
 
     A run gets one GPU, or `study.cores_per_run` CPU cores. Ray starts on this machine, unless the
     variable RAY_ADDRESS names a cluster that is running. `display` is told when a run begins, how
-    far it is and when it is finished. Ctrl-C lets every run write a checkpoint first.
+    far it is and when it is finished. Ctrl-C and SIGTERM let every run write a checkpoint first.
 
     Raises ImportError without Ray, and RunError at the end, once the others are finished, naming
     the runs that failed for their own reasons or whose process died more than RESTARTS times.
@@ -53,29 +53,33 @@ def train_with_ray(runs: Sequence[Run], study: Study, display: Any) -> None:
     )(_train_run)
     pending = {task.remote(run, study, board): run for run in runs}
     failures = {}
-    try:
-        while pending:
-            ended, _ = ray.wait(list(pending), timeout=SECONDS_BETWEEN_REPORTS)
-            for run, progress in ray.get(board.now.remote()).items():
-                display.begin(run)
-                display.update(run, progress)
-            for reference in ended:
-                run = pending.pop(reference)
-                try:
-                    _bring_back(ray.get(reference), study.runs_dir / run.key)
-                except ray.exceptions.RayTaskError as error:  # an exception of the run's own
-                    failures[run] = f"{type(error.cause).__name__}: {error.cause}"
-                except ray.exceptions.RayError as error:
-                    failures[run] = f"its process died {RESTARTS + 1} times: {error}"
-                display.begin(run)
-                display.finish(run)
-    except KeyboardInterrupt:
-        for reference in pending:
-            ray.cancel(reference)  # there a KeyboardInterrupt, on which a checkpoint is written
-        ray.wait(list(pending), num_returns=len(pending), timeout=SECONDS_TO_STOP)
-        raise
-    finally:
-        ray.kill(board)
+    # An exception from a signal handler could get lost in one of Ray's callbacks.
+    with stop_signals() as stop:
+        try:
+            while pending and not stop:
+                ended, _ = ray.wait(list(pending), timeout=SECONDS_BETWEEN_REPORTS)
+                for run, progress in ray.get(board.now.remote()).items():
+                    display.begin(run)
+                    display.update(run, progress)
+                for reference in ended:
+                    run = pending.pop(reference)
+                    try:
+                        _bring_back(ray.get(reference), study.runs_dir / run.key)
+                    except ray.exceptions.RayTaskError as error:  # an exception of the run's own
+                        failures[run] = f"{type(error.cause).__name__}: {error.cause}"
+                    except ray.exceptions.RayError as error:
+                        failures[run] = f"its process died {RESTARTS + 1} times: {error}"
+                    display.begin(run)
+                    display.finish(run)
+            if stop:
+                leave(stop[0])
+        except (KeyboardInterrupt, SystemExit):
+            for reference in pending:
+                ray.cancel(reference)  # there a KeyboardInterrupt, on which a checkpoint is written
+            ray.wait(list(pending), num_returns=len(pending), timeout=SECONDS_TO_STOP)
+            raise
+        finally:
+            ray.kill(board)
     if failures:
         listed = "\n".join(f"{run.key}: {text}" for run, text in failures.items())
         raise RunError(

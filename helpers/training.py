@@ -340,8 +340,8 @@ class Trained:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that the loop can write a checkpoint first.
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list, so that a loop can write checkpoints first.
 
     A notebook's interrupt button sends SIGINT. A second SIGINT interrupts at once. Handlers can
     be set from the main thread only; elsewhere nothing is collected.
@@ -362,6 +362,13 @@ def _stop_signal() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave(number: int) -> None:
+    """Leave after a signal, as the signal would have without a handler."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
 
 def _generator_states(device: torch.device) -> dict[str, Tensor]:
@@ -487,7 +494,7 @@ def train(
     cudnn = torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=True
     )
-    with torch.random.fork_rng(devices=generators), cudnn, _stop_signal() as stop:
+    with torch.random.fork_rng(devices=generators), cudnn, stop_signals() as stop:
         loop = _Loop(
             model, dataset, recipe, epochs, seed, patience, rate_factor, device, folder, identity
         )
@@ -589,7 +596,7 @@ class _Loop:
                     self._save()
                     last_checkpoint = time.monotonic()
                 if signalled:
-                    self._end(signalled)
+                    leave(signalled)
             self._finish_epoch()
             if on_epoch:
                 on_epoch(self.history[-1])
@@ -599,7 +606,7 @@ class _Loop:
                 self._save()
                 last_checkpoint = time.monotonic()
             if signalled:
-                self._end(signalled)
+                leave(signalled)
         stopped_early = self.epoch < self.epochs
         if self.patience is not None and self.best is not None:
             self.model.load_state_dict(self.best)
@@ -828,12 +835,6 @@ class _Loop:
                 f"another from elsewhere: {self.folder} isn't the same folder for all. Set "
                 "RUNS_DIR to one that all machines share."
             )
-
-    def _end(self, number: int) -> None:
-        """Leave after a signal, as the signal would have without a handler."""
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
 
 
 def history_csv(history: list[EpochRecord]) -> bytes:
