@@ -46,7 +46,7 @@ $(INSTALLED_RAY): $(INSTALLED) pyproject.toml
 
 study: $(if $(filter ray,$(EXECUTOR)),$(INSTALLED_RAY),$(INSTALLED))
 	$(BIN)/python -m helpers.notebooks $(NOTEBOOKS)
-	$(if $(NOTEBOOKS),@echo "When all notebooks have run: make report$(foreach v,PROFILE DATASET ANALYSIS_DIR,$(if $($v), $v=\"$($v)\"))",$(BIN)/python report/build.py)
+	$(if $(NOTEBOOKS),@echo "When all notebooks have run: make report $(foreach v,PROFILE DATASET ANALYSIS_DIR,$(if $($v),$v=\"$($v)\"))",$(BIN)/python report/build.py)
 
 test: $(INSTALLED_PEERS)
 	$(BIN)/ruff check .

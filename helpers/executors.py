@@ -33,7 +33,7 @@ def train_with_ray(runs: Sequence[Run], study: Study, display: Any) -> None:
 
     A run gets one GPU, or `study.cores_per_run` CPU cores. Ray starts on this machine, unless the
     variable RAY_ADDRESS names a cluster that is running. `display` is told when a run begins, how
-    far it is and when it is finished. Ctrl-C and SIGTERM let every run write a checkpoint first.
+    far it is and when it is finished. Ctrl-C lets every run write a checkpoint first.
 
     Raises ImportError without Ray, and RunError at the end, once the others are finished, naming
     the runs that failed for their own reasons or whose process died more than RESTARTS times.

@@ -125,8 +125,8 @@ def run_series(paths: Sequence[Path], study: Study) -> bool:
                 terminal.stop()
                 print(
                     f"\n{error}\n\n{path.name} failed in cell {terminal.cell}; as far as it got, "
+                    f"with the error's trace: {out_dir / path.name}"
                 )
-                print(f"with the trace of its error: {out_dir / path.name}")
                 return False
             # Run times are those of a first run: a later one reads stored runs and is shorter.
             times[path.stem] = max(seconds, times.get(path.stem, 0.0))

@@ -7,7 +7,6 @@ trains it. `python -m helpers.runs` lists what is stored.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import hashlib
@@ -171,13 +170,14 @@ class Run:
         return "-".join([*parts, digest])
 
     def label(self) -> str:
-        """Return a short name for progress displays: with what differs from the named recipe."""
+        """Return a short name for progress displays, with what a study mostly varies."""
         kind = "" if self.residual else " plain"
         if self.start is not None:
             kind += " pruned" if isinstance(self.start, Pruning) else " transferred"
         recipe, named = self.recipe, RECIPES.get(self.recipe.name, self.recipe)
         parts = {
             f"{self.model}{kind}, recipe {recipe.name}": True,
+            f"learning rate {recipe.learning_rate:g}": recipe.learning_rate != named.learning_rate,
             f"weight decay {recipe.weight_decay:g}": recipe.weight_decay != named.weight_decay,
             "augmentation changed": recipe.augmentation != named.augmentation,
             f"dropout {self.dropout:g}": self.dropout,
@@ -796,7 +796,8 @@ def stored_runs(runs_dir: Path) -> pd.DataFrame:
         if not (folder / "run.json").exists():
             continue
         row: dict[str, Any] = {"run": folder.name, "state": "begun"}
-        with contextlib.suppress(ValueError):  # of a newer or damaged format
+        finished = (folder / "result.json").exists()
+        try:
             run = read_run(folder / "run.json")
             row |= {
                 "images": run.train_size or "all",
@@ -804,9 +805,8 @@ def stored_runs(runs_dir: Path) -> pd.DataFrame:
                 "dropout": run.dropout,
                 "weight decay": run.recipe.weight_decay,
             }
-        if (folder / "result.json").exists():
-            try:
-                result = load_result(read_run(folder / "run.json"), folder)
+            if finished:
+                result = load_result(run, folder)
                 row |= {
                     "state": "finished",
                     "epochs": len(result.history),
@@ -815,11 +815,12 @@ def stored_runs(runs_dir: Path) -> pd.DataFrame:
                     "seconds": f"{result.seconds:.1f}",
                     "device": result.machine["device"],
                 }
-            except (RunError, OSError, ValueError) as error:
+        except (RunError, OSError, ValueError) as error:
+            if finished:
                 row["state"] = f"damaged: {error}"
-        elif (folder / "failed.json").exists():
+        if not finished and (folder / "failed.json").exists():
             row["state"] = "failed"
-        elif (folder / "resume.pt").exists():
+        elif not finished and (folder / "resume.pt").exists():
             row["state"] = "resumable"
             row["epochs"] = _epochs_recorded(folder)
         rows.append(row)

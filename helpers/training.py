@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -364,7 +364,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def leave(number: int) -> None:
+def leave(number: int) -> NoReturn:
     """Leave after a signal, as the signal would have without a handler."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt

@@ -56,19 +56,23 @@ def build(set_folder: Path) -> bytes:
 def check_one_dataset(set_folder: Path) -> None:
     """Raise ValueError if a set's results are of several datasets.
 
-    Folders of the same name write to the same set, and a folder's images may change.
+    Folders of the same name write to the same set, and a folder's images may change. The
+    fingerprint is that of one image size. Results that name no dataset are left out.
     """
-    seen: dict[int, tuple[str, str]] = {}
+    seen: dict[int | str, str] = {}
     for path in sorted((set_folder / "results").glob("[0-9][0-9]_*.json")):
-        about = json.loads(path.read_text())["data"]
-        found = about["title"], about["fingerprint"]
-        expected = seen.setdefault(about["image_size"], found)
-        if found != expected:
-            raise ValueError(
-                f"{path} is about {found[0]} (fingerprint {found[1]}), other results of this set "
-                f"about {expected[0]} ({expected[1]}). Run all notebooks again with `make study`; "
-                "for two folders of the same name give one another name or ANALYSIS_DIR"
-            )
+        about = json.loads(path.read_text()).get("data")
+        if about is None:
+            continue
+        size = about["image_size"]
+        for key, found in (("title", about["title"]), (size, about["fingerprint"])):
+            expected = seen.setdefault(key, found)
+            if found != expected:
+                raise ValueError(
+                    f"{path} is about {about['title']} ({found}), another result of this set about "
+                    f"{expected}. Run all notebooks again with `make study`; for two folders of "
+                    "the same name give one another name or ANALYSIS_DIR"
+                )
 
 
 STUDY_TIMES = ROOT / "benchmarks" / "study.json"  # written by benchmarks/study.py

@@ -380,6 +380,7 @@ def test_intervals_as_percentages() -> None:
     assert interval.percent() == "91.2 [90.0, 92.3]"
     assert [percent(x) for x in (0.6535, 0.2035, -0.0005, 0.1)] == ["65.4", "20.4", "-0.1", "10.0"]
     assert [percent(x, "+") for x in (0.013, -0.013)] == ["+1.3", "-1.3"]
+    assert [percent(x) for x in (-0.0001, 0.0, -0.0)] == ["0.0"] * 3
 
 
 @pytest.mark.parametrize(

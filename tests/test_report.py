@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,14 +77,29 @@ def test_a_changed_number_changes_the_report(copied_set: Path) -> None:
     assert report_build.build(copied_set) != before
 
 
-@pytest.mark.parametrize("changed", ["title", "fingerprint"])
-def test_results_of_two_datasets_are_not_mixed(copied_set: Path, changed: str) -> None:
-    path = copied_set / "results" / "03_regularization.json"
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("03_regularization", "title"),
+        ("03_regularization", "fingerprint"),
+        ("06_dataset_size", "title"),  # of another image size than the others
+    ],
+)
+def test_results_of_two_datasets_are_not_mixed(copied_set: Path, name: str, changed: str) -> None:
+    path = copied_set / "results" / f"{name}.json"
     values = json.loads(path.read_text())
-    values["data"][changed] = "another"
+    expected = values["data"][changed]
+    values["data"][changed] = "changed"
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"03_regularization.json is about .*another.* CIFAR-10"):
+    told = f"{re.escape(path.name)} is about .*changed.*{re.escape(expected)}"
+    with pytest.raises(ValueError, match=told):
         report_build.build(copied_set)
+
+
+def test_results_of_a_reader_s_own_notebook_need_no_dataset(copied_set: Path) -> None:
+    before = report_build.build(copied_set)
+    (copied_set / "results" / "10_own.json").write_text('{"value": 1}')
+    assert report_build.build(copied_set) == before
 
 
 def test_no_results_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

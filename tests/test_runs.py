@@ -589,11 +589,11 @@ def test_the_command_says_what_is_wrong_with_a_setting(
 def test_a_label_says_what_differs_from_the_recipe(run: Run) -> None:
     fast = replace(run, recipe=RECIPES["fast"], train_size=None, dropout=0.0)
     assert fast.label() == "simple_cnn, recipe fast, seed 0"
-    recipe = replace(fast.recipe, weight_decay=0.0, augmentation=NO_AUGMENTATION)
+    recipe = replace(fast.recipe, learning_rate=0.1, weight_decay=0.0, augmentation=NO_AUGMENTATION)
     changed = replace(fast, recipe=recipe, dropout=0.5, patience=3, seed=1)
     assert changed.label() == (
-        "simple_cnn, recipe fast, weight decay 0, augmentation changed, dropout 0.5, patience 3, "
-        "seed 1"
+        "simple_cnn, recipe fast, learning rate 0.1, weight decay 0, augmentation changed, "
+        "dropout 0.5, patience 3, seed 1"
     )
 
 
