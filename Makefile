@@ -10,20 +10,19 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_PEERS := $(VENV)/.installed-peers
 INSTALLED_RAY := $(VENV)/.installed-ray
 
-.PHONY: help study test test-scale lab report runs publish address bench soak faults clean
+.PHONY: help study test lab report runs publish address bench soak golden clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make study     run the notebooks and build the report (PROFILE=smoke|quick|long|full,"
 	@echo "               DATASET=name or folder, NOTEBOOKS=\"01 02\" for some of them)"
 	@echo "make test      lint, unit tests, and every notebook compared with its outputs"
-	@echo "make test-scale  install Ray and run the tests of several processes and machines"
 	@echo "make lab       open JupyterLab in notebooks/"
 	@echo "make report    build the report of a study that has run"
 	@echo "make runs      list stored runs with their state and headline metrics"
 	@echo "make bench     measure speed against reference loops and peer libraries"
 	@echo "make soak      kill a training 100 times and compare with the uninterrupted one"
-	@echo "make faults    plant deliberate faults in helpers/ and see whether the tests notice"
+	@echo "make golden    compare weights, maps and fingerprints with the golden record"
 	@echo "make publish   run the study; replace notebooks/, report.pdf and README tables by it"
 	@echo "make address   write the repository address of pyproject.toml into the notebooks"
 	@echo "make clean     remove the environment (runs and results stay)"
@@ -53,9 +52,6 @@ test: $(INSTALLED_PEERS)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --nbval -n auto -q --durations=15
 
-test-scale: $(INSTALLED_RAY)
-	$(BIN)/python -m pytest -q --durations=5 tests/test_executors.py tests/test_data_parallel.py tests/test_benchmarks.py::test_executors
-
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
@@ -63,7 +59,7 @@ report: $(INSTALLED)
 	$(BIN)/python report/build.py
 
 runs: $(INSTALLED)
-	@$(BIN)/python -m helpers.runs
+	@$(BIN)/python -m helpers.results
 
 publish: $(INSTALLED)
 	$(BIN)/python -m helpers.notebooks --publish
@@ -72,14 +68,14 @@ publish: $(INSTALLED)
 address: $(INSTALLED)
 	$(BIN)/python -m helpers.notebooks --write-address
 
-bench: $(INSTALLED_PEERS) $(INSTALLED_RAY)
+bench: $(INSTALLED_PEERS)
 	$(BIN)/python -m benchmarks
 
 soak: $(INSTALLED)
 	$(BIN)/python -m benchmarks.soak --kills 100
 
-faults: $(INSTALLED_PEERS)
-	$(BIN)/python -m benchmarks.faults
+golden: $(INSTALLED)
+	$(BIN)/python -m benchmarks.golden
 
 clean:
 	rm -rf $(VENV)

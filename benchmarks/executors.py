@@ -1,14 +1,15 @@
-"""What sending runs to Ray costs, side by side with training them in one process.
+"""Several runs at a time, side by side with one after the other in one process.
 
 `python -m benchmarks.executors` prints a Markdown section; `markdown()` returns it. Twenty short
-runs are trained in a fresh process, one after the other or by Ray; the contenders take turns. Ray's
-start-up, until the first small runs are finished in its workers, is timed apart. Needs Ray
+runs are trained in a fresh process, by each executor; the contenders take turns. The start-up,
+until the first small runs are finished, is timed apart. Ray is measured where it is installed
 (`pip install .[ray]`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -21,11 +22,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.soak import make_study
-from helpers import data, runs
-from helpers.config import ROOT
+from helpers import data, executors
+from helpers.config import PROFILES, ROOT, Study
+from helpers.recipes import RECIPES
 from helpers.runs import Run
-from helpers.training import RECIPES
 
 LOCAL = "one process, all cores"
 RUNS, ROUNDS = 20, 5
@@ -43,25 +43,24 @@ def make_runs(count: int, first_seed: int, train_size: int, epochs: int) -> list
     ]
 
 
-def train_here(cores: int, train_size: int, epochs: int) -> dict[str, float]:
-    """Seconds of start-up and of the runs, in this process (cores 0) or by Ray."""
+def train(executor: str, train_size: int, epochs: int) -> dict[str, float]:
+    """Seconds of start-up and of the runs, one core each where several are trained at a time."""
     with tempfile.TemporaryDirectory() as folder:
-        study = replace(make_study(Path(folder) / "study"), cores_per_run=max(1, cores))
-        executor = "ray" if cores else "local"
-        first = make_runs(os.cpu_count() or 1, 1000, train_size, 1)
-        wanted = make_runs(RUNS, 0, train_size, epochs)
+        places = [Path(folder) / name for name in ("runs", "data", "analysis")]
+        cpu = torch.device("cpu")
+        study = Study(PROFILES["smoke"], "shapes", *places, cpu, "none", executor)
         begun = time.perf_counter()
-        runs.train_all(first, study, executor=executor)
+        executors.train_all(make_runs(os.cpu_count() or 1, 1000, train_size, 1), study)
         ready = time.perf_counter()
-        runs.train_all(wanted, study, executor=executor)
+        executors.train_all(make_runs(RUNS, 0, train_size, epochs), study)
         return {"start-up": ready - begun, "runs": time.perf_counter() - ready}
 
 
-def measure(cores: int, train_size: int, epochs: int) -> dict[str, float]:
+def measure(executor: str, train_size: int, epochs: int) -> dict[str, float]:
     """The same in a process of its own."""
     sizes = ["--train-size", str(train_size), "--epochs", str(epochs)]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.executors", "--cores", str(cores), *sizes],
+        [sys.executable, "-m", "benchmarks.executors", "--executor", executor, *sizes],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -75,8 +74,9 @@ def measure(cores: int, train_size: int, epochs: int) -> dict[str, float]:
 def markdown(tiny: bool = False) -> str:
     """Measure (about ten minutes on two cores) and return this section of RESULTS.md."""
     train_size, epochs, rounds = (40, 1, 1) if tiny else (1000, 5, ROUNDS)
-    cores = os.cpu_count() or 1
-    contenders = {LOCAL: 0, f"Ray, {cores} cores a run": cores, "Ray, 1 core a run": 1}
+    contenders = {LOCAL: "local", "processes, 1 core a run": "processes"}
+    if importlib.util.find_spec("ray"):
+        contenders["Ray, 1 core a run"] = "ray"
     times: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(rounds):
@@ -88,8 +88,7 @@ def markdown(tiny: bool = False) -> str:
         "",
         f"`python -m benchmarks.executors`: {RUNS} runs of SimpleCNN, {epochs} epochs of "
         f"{train_size:,} images each, {rounds} alternating rounds, medians (range); ratios within "
-        f"a round. {cores} CPU cores, torch {torch.__version__}. Target: Ray with all cores for "
-        "each run at most 1.15 times the time in one process, start-up apart.",
+        f"a round. {os.cpu_count()} CPU cores, torch {torch.__version__}.",
         "",
         "| executor | seconds | ratio | start-up (s) |",
         "|---|---|---|---|",
@@ -100,7 +99,7 @@ def markdown(tiny: bool = False) -> str:
         starts = [t["start-up"] for t in found]
         cells = (f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",)
         cells += (f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",)
-        cells += (f"{statistics.median(starts):.1f}" if contenders[name] else "",)
+        cells += (f"{statistics.median(starts):.1f}",)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -108,14 +107,14 @@ def markdown(tiny: bool = False) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="only see that everything runs")
-    parser.add_argument("--cores", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--executor", help=argparse.SUPPRESS)
     parser.add_argument("--train-size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.cores is None:
+    if given.executor is None:
         print(markdown(given.tiny))
     else:
-        print(json.dumps(train_here(given.cores, given.train_size, given.epochs)))
+        print(json.dumps(train(given.executor, given.train_size, given.epochs)))
 
 
 if __name__ == "__main__":

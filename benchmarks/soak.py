@@ -4,7 +4,7 @@
 
 Each round trains a small network twice: once in one go, and once in processes that get SIGKILL
 after a random time, so that a kill can hit reading the data, a step, a validation, or the writing
-of a checkpoint (one after each step) or of the result. Dropout, augmentation and early stopping
+of a checkpoint (one after each epoch) or of the result. Dropout, augmentation and early stopping
 are on, since each has a state that a checkpoint could lose. The round passes if the weights, the
 history (but for seconds) and the predictions are the same bit for bit.
 """
@@ -19,80 +19,53 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
-from helpers import shapes
+from benchmarks.golden import draw_folder
 from helpers.config import PROFILES, Study
-from helpers.data import Augmentation, load_dataset
+from helpers.data import load_dataset
+from helpers.loader import Augmentation
+from helpers.recipes import RECIPES
 from helpers.runs import Run, load_or_train, load_result
-from helpers.training import RECIPES, load_checkpoint
 
-KILLS_A_ROUND = 10
+KILLS_A_ROUND = 5
 CASES = (("onecycle", "resnet20"), ("adam", "simple_cnn"), ("fast", "simple_cnn"))
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round did: `steps` are those of the checkpoints that its kills left (0: none yet).
+    """What a round did: how many kills, how many of them left a checkpoint to go on from.
 
-    `cut_writes` counts the kills that hit the writing of a file, `resumed` the checkpoints that
-    a process went on from, and `differences` names what isn't the same as in the undisturbed run.
+    `cut_writes` counts the kills that hit the writing of a file, and `differences` names what isn't
+    the same as in the undisturbed run.
     """
 
-    run: Run
     kills: int
-    steps: tuple[int, ...]
+    resumed: int
     cut_writes: int
     differences: tuple[str, ...]
 
-    @property
-    def resumed(self) -> int:
-        """How many of the kills left a checkpoint to go on from."""
-        return sum(step > 0 for step in self.steps)
-
-
-def draw_folder(root: Path, images_a_class: int = 12) -> Path:
-    """Draw a small folder of images, which a process reads faster than it would draw it."""
-    labels = np.arange(10 * images_a_class) % 10
-    drawing = shapes.draw(labels, image_size=16, seed=0)
-    for number, (image, label) in enumerate(zip(drawing.images, labels, strict=True)):
-        path = root / "train" / shapes.CLASSES[label] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(path), image[..., ::-1])
-    return root
-
 
 def make_study(folder: Path) -> Study:
-    """Return a study on the CPU that keeps its runs and decoded images in a folder."""
-    return Study(
-        profile=PROFILES["smoke"],
-        dataset="shapes",
-        runs_dir=folder / "runs",
-        data_dir=folder.parent / "data",
-        analysis_dir=folder / "analysis",
-        device=torch.device("cpu"),
-        progress="none",
-    )
+    """Return a study on the CPU that keeps its runs in a folder of its own."""
+    places = (folder / "runs", folder.parent / "data", folder / "analysis")
+    return Study(PROFILES["smoke"], "shapes", *places, torch.device("cpu"), "none")
 
 
-def make_run(
-    images: Path, study: Study, recipe: str, model: str, *, seed: int = 0, epochs: int = 30
-) -> Run:
-    """Return a run of five steps an epoch with everything on that has a state of its own."""
+def make_run(images: Path, data_dir: Path, recipe: str, model: str, seed: int) -> Run:
+    """Return a run of a few steps an epoch with everything on that has a state of its own."""
+    augmentation = Augmentation(crop_padding=4, cutout=8)
     return Run(
         dataset=str(images),
-        fingerprint=load_dataset(str(images), data_dir=study.data_dir).fingerprint,
+        fingerprint=load_dataset(str(images), data_dir=data_dir).fingerprint,
         model=model,
-        recipe=replace(
-            RECIPES[recipe], batch_size=16, augmentation=Augmentation(crop_padding=4, cutout=8)
-        ),
-        epochs=epochs,
+        recipe=replace(RECIPES[recipe], batch_size=16, augmentation=augmentation),
+        epochs=60,
         seed=seed,
         width=0.25,
         dropout=0.3,
-        patience=25,
+        patience=55,
     )
 
 
@@ -105,8 +78,8 @@ def work(run: Run, study: Study) -> None:
 def kill_and_compare(run: Run, folder: Path, kills: int, generator: np.random.Generator) -> Round:
     """Train a run in one go, and again with up to `kills` kills; compare the two.
 
-    The kills come at uniformly random times that add up to less than the run takes in one go, so
-    usually all of them find it unfinished. Raises RuntimeError if a process ends with an error.
+    The kills come at uniformly random times that add up to about as much as the run takes in one
+    go. Raises RuntimeError if a process ends with an error.
     """
     processes = multiprocessing.get_context("forkserver")
     # Importing takes seconds; torch itself imports torch._dynamo with the first optimizer.
@@ -132,43 +105,34 @@ def kill_and_compare(run: Run, folder: Path, kills: int, generator: np.random.Ge
     run_for(None, undisturbed)
     duration = time.perf_counter() - begun
     here = disturbed.runs_dir / run.key
-    steps_an_epoch = len(run.load_data(disturbed.data_dir).train) // run.recipe.batch_size
-    steps: list[int] = []
-    cut_writes = 0
-    for _ in range(kills):
-        if not run_for(generator.uniform(0, duration / kills), disturbed):
-            break
-        steps.append(_steps_done(run, here, steps_an_epoch))
+    killed = resumed = cut_writes = 0
+    while killed < kills and run_for(generator.uniform(0, 2 * duration / kills), disturbed):
+        killed += 1
+        resumed += (here / "resume.pt").exists()
         cut_writes += any(here.glob(".*.tmp"))
     run_for(None, disturbed)
     found = differences(run, undisturbed.runs_dir / run.key, here)
-    return Round(run, len(steps), tuple(steps), cut_writes, tuple(found))
-
-
-def _steps_done(run: Run, folder: Path, steps_an_epoch: int) -> int:
-    """Return how many steps the checkpoint in a run's folder has behind it, 0 without one."""
-    path = folder / "resume.pt"
-    if not path.exists():
-        return 0
-    state = load_checkpoint(path, run.key)
-    return steps_an_epoch * state["epoch"] + state["step"]
+    return Round(killed, resumed, cut_writes, tuple(found))
 
 
 def differences(run: Run, first: Path, second: Path) -> list[str]:
     """Name what differs between two folders of the same run; nothing for a perfect resume."""
-    found = []
-    for name in ("model.safetensors", "predictions.npz"):
-        if (first / name).read_bytes() != (second / name).read_bytes():
-            found.append(name)
+    weights, predictions = "model.safetensors", "predictions.npz"
+    found = [
+        name
+        for name in (weights, predictions)
+        if (first / name).read_bytes() != (second / name).read_bytes()
+    ]
     one, other = load_result(run, first), load_result(run, second)
     if not one.history.drop(columns="seconds").equals(other.history.drop(columns="seconds")):
         found.append("history.csv")
-    for name in ("metrics", "best_epoch", "stopped_early"):
-        if getattr(one, name) != getattr(other, name):
-            found.append(name)
-    kept = {"run.json", "history.csv", "result.json", "predictions.npz", "model.safetensors"}
-    extra = {path.name for path in second.iterdir()} - kept - {"lock"}
-    if extra:
+    same = [
+        getattr(one, n) == getattr(other, n) for n in ("metrics", "best_epoch", "stopped_early")
+    ]
+    if not all(same):
+        found.append("result.json")
+    kept = {"run.json", "history.csv", "result.json", predictions, weights, "lock"}
+    if extra := {path.name for path in second.iterdir()} - kept:
         found.append(f"leftovers {sorted(extra)}")
     return found
 
@@ -185,31 +149,29 @@ def main() -> int:
     generator = np.random.default_rng(options.seed)
     rounds: list[Round] = []
     begun = time.perf_counter()
-    print("recipe    model       seed  kills  resumed  cut writes  last checkpoints   verdict")
+    print("recipe    model       seed  kills  resumed  cut writes   verdict")
     with tempfile.TemporaryDirectory() as folder:
         images = draw_folder(Path(folder) / "images")
         while (done := sum(r.kills for r in rounds)) < options.kills:
             recipe, model = CASES[len(rounds) % len(CASES)]
-            place = Path(folder) / f"round{len(rounds)}"
-            seed = options.seed + len(rounds)
-            run = make_run(images, make_study(place), recipe, model, seed=seed)
-            kills = min(KILLS_A_ROUND, options.kills - done)
-            result = kill_and_compare(run, place, kills, generator)
+            place, seed = Path(folder) / f"round{len(rounds)}", options.seed + len(rounds)
+            run = make_run(images, place.parent / "data", recipe, model, seed)
+            result = kill_and_compare(
+                run, place, min(KILLS_A_ROUND, options.kills - done), generator
+            )
             rounds.append(result)
-            verdict = "same" if not result.differences else f"DIFFERS: {result.differences}"
+            verdict = f"DIFFERS: {result.differences}" if result.differences else "same"
             print(
                 f"{recipe:10s}{model:12s}{seed:4d}{result.kills:7d}{result.resumed:9d}"
-                f"{result.cut_writes:12d}  {str(list(result.steps[-3:])):17s}  {verdict}",
+                f"{result.cut_writes:12d}   {verdict}",
                 flush=True,
             )
-    kills = sum(r.kills for r in rounds)
     wrong = sum(bool(r.differences) for r in rounds)
     print(
-        f"\n{kills} kills in {len(rounds)} runs, {time.perf_counter() - begun:.0f} s: "
-        f"{sum(r.resumed for r in rounds)} left a checkpoint to go on from, "
-        f"{sum(r.cut_writes for r in rounds)} cut off the writing of a file; "
-        + (f"{wrong} runs DIFFER from" if wrong else "every run is bit for bit the same as")
-        + " the undisturbed one"
+        f"\n{sum(r.kills for r in rounds)} kills in {len(rounds)} runs, "
+        f"{time.perf_counter() - begun:.0f} s: {sum(r.resumed for r in rounds)} left a checkpoint "
+        f"to go on from, {sum(r.cut_writes for r in rounds)} cut off the writing of a file; "
+        f"{wrong} runs differ from the undisturbed one"
     )
     return 1 if wrong else 0
 

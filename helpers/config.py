@@ -6,62 +6,78 @@ This is the only module that reads the environment. A study is decided by two va
               on a laptop) or full (a CUDA GPU)
     DATASET   what on: a name from `helpers.data.DATASETS` or the path of a folder of images
 
-and, for where things go, RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE and PROGRESS. TENSORBOARD=1 also
-writes TensorBoard logs into the runs' folders (it needs the package tensorboard). EXECUTOR=ray
-trains several runs at a time, on a CPU with CORES_PER_RUN cores each (helpers/executors.py).
+and, for where things go, RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE and PROGRESS. EXECUTOR=processes
+or ray trains several runs at a time, on a CPU with CORES_PER_RUN cores each (helpers/executors.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 # --- Settings ----------------------------------------------------------------------------------
 
-
-def check(name: str, value: object, allowed: bool, expected: str) -> None:
-    """Raise ValueError, naming the setting and what is expected, unless it's allowed."""
-    if not allowed:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
+Settings = TypeVar("Settings")
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def is_whole(value: object, lowest: int = 1) -> bool:
-    """Tell whether a setting is an int (not a bool, not 3.0) of at least `lowest`."""
-    return type(value) is int and value >= lowest
+def settings(cls: type[Settings]) -> type[Settings]:
+    """Make a class a frozen dataclass whose values pydantic checks whenever one is made.
 
-
-def as_float(name: str, value: object) -> float:
-    """Return a number as a float, so that equal settings (1 and 1.0) are written the same.
-
-    Raises ValueError, naming the setting, for what isn't a number.
+    Strict: no bool for an int, no text for a number, no NaN, no unknown name; 1 becomes 1.0 where
+    a float is wanted. Raises ValueError, in one line, for values that aren't allowed.
     """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    check(name, value, is_number, "a number")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+    checked = pydantic_dataclass(frozen=True, config=STRICT)(cls)
+    make = checked.__init__
+
+    @functools.wraps(make)
+    def init(self: Settings, *values: Any, **named: Any) -> None:
+        try:
+            make(self, *values, **named)
+        except ValidationError as error:
+            raise ValueError(readable(cls, error)) from None
+        finally:
+            # Pydantic puts its own back when it first uses a class whose types name a later one.
+            checked.__init__ = init
+
+    checked.__init__ = init
+    return checked
+
+
+def readable(cls: type, error: ValidationError) -> str:
+    """Return a line that says of each setting what was found and what is expected."""
+    names, said = dict(enumerate(cls.__dataclass_fields__)), []
+    for part in error.errors(include_url=False):
+        first, *inner = part["loc"] or ("",)
+        name = ".".join(n for n in map(str, (names.get(first, first), *inner)) if n.isidentifier())
+        found = " ".join(repr(part["input"])[:60].split())
+        message = part["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        missing = f"{name} is missing" if part["type"] == "missing" else ""
+        said.append(missing or (f"{name} is {found}: {message}" if name else message))
+    return f"{cls.__name__}: {'; '.join(said)}"
 
 
 # --- Studies -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@settings
 class Profile:
     """How much work a study does. It never changes which code runs.
 
     Sizes are numbers of images (None: all there are), `image_size` is in pixels (None: the
     dataset's own), `width` multiplies every network's channel counts, `batch_size` caps the
-    recipe's batch size, and every comparison is repeated once for each of `seeds`.
+    recipe's, and every comparison is repeated once for each of `seeds`.
     """
 
     name: str
@@ -76,24 +92,21 @@ class Profile:
     default_dataset: str
 
 
-PROFILES = {
-    profile.name: profile
-    for profile in (
-        Profile("smoke", 120, 40, 60, 16, 0.125, 2, 20, (0, 1), "shapes"),
-        Profile("quick", 2500, 500, 1000, 24, 0.25, 8, 64, (0, 1), "shapes"),
-        Profile("long", 6000, 1000, 2000, 32, 0.25, 12, 64, (0, 1), "cifar10"),
-        Profile("full", None, None, None, None, 1.0, 60, 512, (0, 1, 2), "cifar10"),
-    )
-}
-
-
-# Where runs are trained: in this process, one after the other, or by Ray, several at a time.
-EXECUTORS = ("local", "ray")
+_ALL = (
+    Profile("smoke", 120, 40, 60, 16, 0.125, 2, 20, (0, 1), "shapes"),
+    Profile("quick", 2500, 500, 1000, 24, 0.25, 8, 64, (0, 1), "shapes"),
+    Profile("long", 6000, 1000, 2000, 32, 0.25, 12, 64, (0, 1), "cifar10"),
+    Profile("full", None, None, None, None, 1.0, 60, 512, (0, 1, 2), "cifar10"),
+)
+PROFILES = {profile.name: profile for profile in _ALL}
 
 
 @dataclass(frozen=True)
 class Study:
-    """One study: a profile on a dataset, the folders it uses, the device and the executor."""
+    """One study: a profile on a dataset, the folders it uses, the device and the executor.
+
+    `progress` is "bar", "none" or "file:PATH", see `helpers.executors`.
+    """
 
     profile: Profile
     dataset: str
@@ -101,8 +114,7 @@ class Study:
     data_dir: Path
     analysis_dir: Path
     device: torch.device
-    progress: str
-    tensorboard: bool = False
+    progress: str = "bar"
     executor: str = "local"
     cores_per_run: int = 1
 
@@ -137,68 +149,53 @@ def is_path(dataset: str) -> bool:
 def choose_device(wanted: str = "auto") -> torch.device:
     """Return the device to train on: `wanted`, or the best there is for "auto".
 
-    Raises ValueError for a device that torch doesn't know or that this machine lacks.
+    Raises ValueError for one that torch doesn't know, or on which it can't make a tensor.
     """
     if wanted == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        best = "mps" if torch.backends.mps.is_available() else "cpu"
+        wanted = "cuda" if torch.cuda.is_available() else best
     try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        device = None
-    # How many torch sees of each; `wanted` may name one, as in cuda:1.
-    counts = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if device is None or device.type not in counts:
-        raise ValueError(f"DEVICE={wanted!r} is not a device; use auto, cpu, cuda or mps")
-    if (device.index or 0) >= counts[device.type]:
+        return torch.zeros(1, device=wanted).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"DEVICE={wanted!r}, but torch sees {counts[device.type]} {device.type} devices; "
-            "use DEVICE=cpu or auto"
-        )
-    return device
+            f"DEVICE={wanted!r} can't be used ({reason}); use auto, cpu, cuda or mps"
+        ) from None
 
 
 @functools.lru_cache(maxsize=1)
 def study() -> Study:
     """Return the study that the environment asks for (read once a process).
 
-    Raises ValueError for an unknown PROFILE, DEVICE, PROGRESS, EXECUTOR or CORES_PER_RUN. DATASET
-    is checked when the data is loaded.
+    Raises ValueError for a variable with an unknown value. DATASET is checked with the data.
     """
-    name = os.environ.get("PROFILE") or "quick"
-    if name not in PROFILES:
-        raise ValueError(f"PROFILE={name!r} is unknown; choose one of {', '.join(PROFILES)}")
-    profile = PROFILES[name]
-    progress = os.environ.get("PROGRESS") or "bar"
-    if not re.fullmatch("bar|none|file:.+", progress):
-        raise ValueError(f"PROGRESS={progress!r} is unknown; use bar, none or file:PATH")
-    executor = os.environ.get("EXECUTOR") or "local"
-    if executor not in EXECUTORS:
-        raise ValueError(f"EXECUTOR={executor!r} is unknown; use {' or '.join(EXECUTORS)}")
-    cores = os.environ.get("CORES_PER_RUN") or "1"
-    if not re.fullmatch("[1-9][0-9]{0,3}", cores):
-        raise ValueError(f"CORES_PER_RUN={cores!r}; use a whole number of CPU cores, 1 or more")
+
+    def choice(variable: str, default: str, pattern: str, expected: str) -> str:
+        value = os.environ.get(variable) or default
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"{variable}={value!r} is unknown; use {expected}")
+        return value
 
     def folder(variable: str, default: str) -> Path:
         return Path(os.path.expanduser(os.environ.get(variable) or ROOT / default)).resolve()
 
+    name = choice("PROFILE", "quick", "|".join(PROFILES), f"one of {', '.join(PROFILES)}")
     return Study(
-        profile=profile,
-        dataset=os.environ.get("DATASET") or profile.default_dataset,
+        profile=PROFILES[name],
+        dataset=os.environ.get("DATASET") or PROFILES[name].default_dataset,
         runs_dir=folder("RUNS_DIR", "runs"),
         data_dir=folder("DATA_DIR", "data"),
         analysis_dir=folder("ANALYSIS_DIR", "analysis"),
         device=choose_device(os.environ.get("DEVICE") or "auto"),
-        progress=progress,
-        tensorboard=os.environ.get("TENSORBOARD", "") not in ("", "0"),
-        executor=executor,
-        cores_per_run=int(cores),
+        progress=choice("PROGRESS", "bar", "bar|none|file:.+", "bar, none or file:PATH"),
+        executor=choice("EXECUTOR", "local", "local|processes|ray", "local, processes or ray"),
+        cores_per_run=int(
+            choice("CORES_PER_RUN", "1", "[1-9][0-9]{0,3}", "a whole number of CPU cores")
+        ),
     )
+
+
+# --- What a device does best -------------------------------------------------------------------
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -217,20 +214,37 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and native else torch.float32
 
 
-# What the layers of a network hand on fits a processor's cache up to about so many pixels, or so
-# many of large images, which networks begin by shrinking. A ResNet-50 of width 0.25 on two cores:
-# 932 images/s of 32 pixels in batches of 64, 190 in batches of 500.
-PIXELS_AT_ONCE, PIXELS_AT_ONCE_IF_LARGE = 2**16, 2**18
-LARGE_IMAGE = 64 * 64
-
-
 def images_at_once(device: torch.device, height: int, width: int, most: int) -> int:
     """Return how many images to send through a network at a time where it makes no difference.
 
-    That is `most`, but fewer on a CPU: 64 of 32 x 32 pixels, and at least 4.
+    That is `most`, but on a CPU as many as its cache holds the layers of: 64 of 32 x 32 pixels, and
+    at least 4. (A ResNet-50 of width 0.25 on two cores: 932 images/s so, 190 in batches of 500.)
     """
-    if device.type != "cpu":
-        return most
     pixels = height * width
-    budget = PIXELS_AT_ONCE if pixels <= LARGE_IMAGE else PIXELS_AT_ONCE_IF_LARGE
-    return min(most, max(4, budget // pixels))
+    budget = 2**16 if pixels <= 64 * 64 else 2**18  # of large images networks first make small ones
+    return min(most, max(4, budget // pixels)) if device.type == "cpu" else most
+
+
+# --- Files -------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or all of the new, never a part.
+
+    Raises OSError, naming the file and the remedy, if it can't be written; the old content stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the folder may be a file
+            temporary.unlink()
+        advice = "Free disk space, make the folder writable, or set RUNS_DIR and ANALYSIS_DIR"
+        raise OSError(
+            error.errno, f"{path} can't be written ({error.strerror}). {advice} to other ones"
+        ) from error

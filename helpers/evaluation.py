@@ -1,37 +1,40 @@
-"""What a trained network is worth: metrics with intervals, calibration, robustness and cost.
+"""What a trained network is worth: metrics, intervals and verdicts, calibration, cost.
 
 Everything here takes logits and labels (or a network to time) and knows nothing of runs.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import confusion_matrix as sklearn_confusion
+from scipy import optimize, stats
 from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.config import images_at_once
-from helpers.data import Split, normalise
+from helpers.data import Split
+from helpers.loader import normalise
 
 BATCH = 500  # images in one forward pass at most
 
 
 @contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a network in training or evaluation mode, and every submodule back as it was after."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network in evaluation mode, and every submodule back as it was after."""
     before = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    model.eval()
     try:
         yield
     finally:
@@ -39,35 +42,30 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a network runs; one without parameters, a quantized one, runs on the CPU."""
-    return next(model.parameters(), torch.empty(0)).device
-
-
 @torch.inference_mode()
 def predict(
     model: nn.Module,
     split: Split,
     mean: Tensor,
-    deviation: Tensor,
+    std: Tensor,
     *,
     dtype: torch.dtype = torch.float32,
-    mirror: bool = False,
+    flip: bool = False,
 ) -> Tensor:
     """Return the logits N x K (float32, on the CPU) of all images of a split, in its order.
 
-    The model is put in evaluation mode for the time of the call. With a `dtype` below float32 the
-    forward pass runs under autocast. `mirror` shows each image mirrored: the mean of
-    both logits is test-time augmentation, to be reported apart from the plain figure.
+    The model is in evaluation mode for the time of the call. With a `dtype` below float32 the
+    forward pass runs under autocast. `flip` shows each image flipped left to right: the mean of
+    both logits is flip test-time augmentation, to be reported apart.
     """
-    device = device_of(model)
+    device = next(model.parameters()).device
     at_once = images_at_once(device, *split.images.shape[-2:], BATCH)
     logits = []
-    with mode(model, training=False):
+    with evaluation_mode(model):
         for images in split.images.split(at_once):
-            batch = normalise(images.to(device), mean, deviation)
+            batch = normalise(images.to(device), mean, std)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                out = model(batch.flip(-1) if mirror else batch)
+                out = model(batch.flip(-1) if flip else batch)
             logits.append(out.float())
     return torch.cat(logits).cpu()
 
@@ -81,13 +79,9 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     `logits` is N x K, `labels` N. All but the loss (nats) lie in [0, 1]. A class that is never
     predicted counts with precision 0.
     """
-    predicted = logits.argmax(1)
+    predicted, classes = logits.argmax(1), range(logits.shape[1])
     precision, recall, f1, _ = precision_recall_fscore_support(
-        labels.numpy(),
-        predicted.numpy(),
-        labels=range(logits.shape[1]),
-        average="macro",
-        zero_division=0,
+        labels.numpy(), predicted.numpy(), labels=classes, average="macro", zero_division=0
     )
     return {
         "accuracy": float((predicted == labels).double().mean()),
@@ -99,16 +93,27 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Return the confusion matrix K x K of counts: rows are true classes, columns predictions."""
-    classes = range(logits.shape[1])
-    return sklearn_confusion(labels.numpy(), logits.argmax(1).numpy(), labels=classes)
+def epochs_to_accuracy(validation_accuracy: Sequence[float], target: float) -> int | None:
+    """Return the first epoch (from 1) whose validation accuracy reaches `target`, or None."""
+    return next((i for i, a in enumerate(validation_accuracy, start=1) if a >= target), None)
+
+
+def robustness(
+    model: nn.Module, corrupted: Tensor, labels: Tensor, mean: Tensor, std: Tensor, **how: Any
+) -> np.ndarray:
+    """Return whether each image is classified rightly under each common corruption.
+
+    `corrupted` are the images as `corruptions.corrupt_all` returns them, `labels` N, the rest as
+    for `predict`. The array of 0 and 1 is corruptions x 6 x N: severity 1 to 5 after 0, the images
+    as they are. Hendrycks and Dietterich (2019).
+    """
+    shape = corrupted.shape[:3]
+    every = Split(corrupted.flatten(0, 2), labels.repeat(shape[0] * shape[1]))
+    logits = predict(model, every, mean, std, **how)
+    return (logits.argmax(1) == every.labels).double().view(shape).numpy()
 
 
 # --- Calibration -------------------------------------------------------------------------------
-
-# A temperature outside these bounds says that the logits tell nothing, or that all were right.
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> pd.DataFrame:
@@ -119,80 +124,51 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> pd.DataFrame:
     "On Calibration of Modern Neural Networks" (ICML 2017), section 2.
     """
     confidence, predicted = logits.double().softmax(1).max(1)
-    correct = (predicted == labels).double()
-    index = (confidence * bins).long().clamp(max=bins - 1)
-    images = torch.bincount(index, minlength=bins)
-    sums = {"confidence": confidence, "accuracy": correct}
-    columns = {
-        name: torch.bincount(index, values, minlength=bins) / images
-        for name, values in sums.items()
-    }
-    return pd.DataFrame({name: c.numpy() for name, c in (columns | {"images": images}).items()})
+    index = (confidence * bins).long().clamp(max=bins - 1).numpy()
+    correct = (predicted == labels).double().numpy()
+    table = pd.DataFrame({"confidence": confidence.numpy(), "accuracy": correct, "images": 1})
+    by_bin = table.groupby(index).agg({"confidence": "mean", "accuracy": "mean", "images": "sum"})
+    return by_bin.reindex(range(bins)).fillna({"images": 0})
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Return the mean gap between confidence and accuracy over equal-width confidence bins.
-
-    Guo et al. (2017), equation 3.
-    """
+    """Return the mean gap between confidence and accuracy over bins (Guo et al., equation 3)."""
     table = reliability(logits, labels, bins)
     gap = (table["accuracy"] - table["confidence"]).abs()
     return float((table["images"] * gap).sum() / len(labels))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature T for which softmax(logits / T) fits the labels best.
+    """Return the temperature T, 0.05 to 20, for which softmax(logits / T) fits the labels best.
 
     `logits` (N x K) and `labels` (N) are those of the validation split. T minimises their
-    cross-entropy, which is convex in 1/T, so that halving the interval around the zero of its
-    slope finds it. Guo et al. (2017), section 4.2. T stays within 0.05 and 20.
+    cross-entropy, which is convex in 1/T: its slope has one zero at most (Guo et al., section
+    4.2). At 0.05 all were right, at 20 the logits tell nothing.
 
     Raises ValueError without logits, or if one isn't finite.
     """
     logits = logits.double()
     if len(logits) == 0 or not logits.isfinite().all():
-        raise ValueError(
-            f"expected finite logits of validation images, found shape {tuple(logits.shape)}"
-        )
+        raise ValueError(f"expected finite validation logits, found {tuple(logits.shape)}")
     true = logits.gather(1, labels[:, None])[:, 0]
-    low, high = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
-    for _ in range(60):
-        inverse = (low * high) ** 0.5
-        slope = ((inverse * logits).softmax(1) * logits).sum(1) - true
-        low, high = (low, inverse) if slope.mean() > 0 else (inverse, high)
-    return 1 / (low * high) ** 0.5
 
+    def slope(inverse: float) -> float:
+        return float((((inverse * logits).softmax(1) * logits).sum(1) - true).mean())
 
-# --- Robustness --------------------------------------------------------------------------------
-
-
-def robustness(
-    model: nn.Module,
-    corrupted: Tensor,
-    labels: Tensor,
-    mean: Tensor,
-    deviation: Tensor,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> np.ndarray:
-    """Return whether each image is classified rightly under each common corruption.
-
-    `corrupted` holds the images as `corruptions.corrupt_all` returns them, `labels` N. The array of
-    0 and 1 is corruptions x 6 x N: severity 1 to 5 after 0, the images as they are. Hendrycks and
-    Dietterich (2019). `mean`, `deviation` and `dtype` are those of `predict`.
-    """
-    shape = corrupted.shape[:3]
-    every = Split(corrupted.flatten(0, 2), labels.repeat(shape[0] * shape[1]))
-    logits = predict(model, every, mean, deviation, dtype=dtype)
-    return (logits.argmax(1) == every.labels).double().view(shape).numpy()
+    low, high = 1 / 20, 1 / 0.05
+    if slope(low) >= 0:
+        return 1 / low
+    return 1 / (high if slope(high) <= 0 else optimize.brentq(slope, low, high))
 
 
 # --- Intervals ---------------------------------------------------------------------------------
 
+LEVEL = 0.95
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the bounds of its confidence interval and the number of values behind it."""
+    """A mean with the bounds of its 95 % interval and the number of values behind it."""
 
     mean: float
     low: float
@@ -207,21 +183,20 @@ class Interval:
 def percent(share: float, sign: str = "") -> str:
     """Write a share as a percentage with one decimal; `sign` "+" marks positive ones too.
 
-    Halves are rounded up in size, as in the report: with 1,000 test images and two seeds every
-    second accuracy ends in a half, and format() would round it now up, now down.
+    Halves are rounded up in size: with 1,000 test images and two seeds every second accuracy ends
+    in a half, and format() would round it now up, now down.
     """
     rounded = Decimal(repr(round(100 * float(share), 9))).quantize(Decimal("0.1"), ROUND_HALF_UP)
     return f"{rounded + 0:{sign}}"  # adding 0 makes -0.0 0.0
 
 
 def bootstrap_interval(
-    values: np.ndarray | Sequence[float],
-    *,
-    seed: int = 0,
-    resamples: int = 2000,
-    level: float = 0.95,
+    values: np.ndarray | Sequence[float], *, seed: int = 0, resamples: int = 2000
 ) -> Interval:
-    """Return the mean of N values with its percentile bootstrap interval (Efron, 1979).
+    """Return the mean of N values (images) with its percentile bootstrap interval (Efron, 1979).
+
+    For many values that are alike, not for a few seeds: of two values such an interval covers
+    half of what it says.
 
     Raises ValueError for no values or a value that isn't finite.
     """
@@ -230,45 +205,106 @@ def bootstrap_interval(
         raise ValueError(f"expected finite values to resample, found {len(values)}: {values[:5]}")
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
-    step = max(1, 4_000_000 // len(values))  # bounds the index array's memory
-    for start in range(0, resamples, step):
-        count = min(step, resamples - start)
-        drawn = generator.integers(0, len(values), (count, len(values)))
-        means[start : start + count] = values[drawn].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    for i in range(resamples):
+        means[i] = values[generator.integers(0, len(values), len(values))].mean()
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(values.mean()), float(low), float(high), len(values))
 
 
-def seeds_interval(
-    values: np.ndarray, *, seed: int = 0, resamples: int = 2000, level: float = 0.95
-) -> Interval:
-    """Return the mean over seeds and test images with a two-level bootstrap interval.
+def seeds_intervals(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
+    """Return the mean of each configuration over seeds and test images, with its interval.
 
-    `values` is seeds x images: 1 where that seed's network was right, or the difference of two
-    methods that share seeds and images (then the interval is that of a paired comparison). Seeds
-    and images are both resampled, so the interval covers the luck of the initialisation as far as
-    the few seeds show it, and that of the test set. `n` counts the seeds.
+    Each array is seeds x images: 1 where that seed's network was right, or the difference of two
+    methods that share seeds and images (then the comparison is paired); or one value a seed.
 
-    Raises ValueError unless `values` is a non-empty table of finite numbers.
+    Seeds are a sample of a few. Their variance is therefore pooled over all configurations given,
+    which have to be alike, and the interval is Student's t. Test images are a sample, too: the
+    variance of the mean is (MS_seeds + MS_images - MS_residual) / (seeds x images), with the mean
+    squares of a two-way analysis of variance and Satterthwaite's (1946) degrees of freedom. A
+    single seed tells nothing about others: with none to pool, its interval is that of the images
+    alone. `n` counts the seeds.
+
+    Raises ValueError unless every array is a non-empty table of finite numbers.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(f"expected seeds x images of finite values, found shape {values.shape}")
-    generator = np.random.default_rng(seed)
-    seeds, images = values.shape
-    means = np.empty(resamples)
-    for i in range(resamples):
-        # Resampling rows and columns independently: weights instead of a copy of the table.
-        row_weights = np.bincount(generator.integers(0, seeds, seeds), minlength=seeds)
-        column_weights = np.bincount(generator.integers(0, images, images), minlength=images)
-        means[i] = row_weights @ values @ column_weights / values.size
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high), seeds)
+    tables = {name: np.asarray(table, dtype=np.float64) for name, table in values.items()}
+    tables = {name: t[:, None] if t.ndim == 1 else t for name, t in tables.items()}
+    for name, table in tables.items():
+        if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
+            raise ValueError(f"{name}: expected seeds x images of finite values, found {table}")
+    freedom = sum(len(table) - 1 for table in tables.values())
+    squares = sum(((t.mean(1) - t.mean()) ** 2).sum() for t in tables.values())
+    intervals = {}
+    for name, table in tables.items():
+        (seeds, images), mean = table.shape, table.mean()
+        residuals = table - table.mean(1, keepdims=True) - table.mean(0) + mean
+        residual = (residuals**2).sum() / max((seeds - 1) * (images - 1), 1) / table.size
+        by_image = ((table.mean(0) - mean) ** 2).sum() / max(images - 1, 1) / images
+        by_seed = squares / freedom / seeds if freedom else 0.0
+        variance = max(by_seed + by_image - residual, by_seed, by_image)
+        parts = by_seed**2 / max(freedom, 1) + by_image**2 / max(images - 1, 1)
+        reach = stats.t.ppf((1 + LEVEL) / 2, variance**2 / parts) if parts else 0.0
+        half = float(reach * np.sqrt(variance))
+        intervals[name] = Interval(float(mean), float(mean - half), float(mean + half), seeds)
+    return intervals
 
 
-def epochs_to_accuracy(validation_accuracy: Sequence[float], target: float) -> int | None:
-    """Return the first epoch (from 1) whose validation accuracy reaches `target`, or None."""
-    return next((i for i, a in enumerate(validation_accuracy, start=1) if a >= target), None)
+def seeds_interval(values: np.ndarray) -> Interval:
+    """Return the interval of one configuration alone, see `seeds_intervals`."""
+    return seeds_intervals({"values": values})["values"]
+
+
+# --- Verdicts ----------------------------------------------------------------------------------
+
+SMALLEST_DIFFERENCE = 0.005  # half a point of accuracy: what is smaller isn't of interest
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the measurements say of a claim: a word, and a line that gives the reason."""
+
+    claim: str
+    word: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Write as one line of Markdown."""
+        return f"**{self.word.capitalize()}.** {self.claim}: {self.reason}."
+
+
+def verdict(
+    claim: str,
+    effect: Interval | Mapping[str, Interval],
+    *,
+    smallest: float = SMALLEST_DIFFERENCE,
+    trained_out: bool = True,
+    unit: str = "points",
+) -> Verdict:
+    """Judge a claim by the interval of an effect that is positive where it holds.
+
+    It holds if the whole interval reaches at least `smallest`, the smallest effect of interest; it
+    does not hold if all lies below; else it is not decided. Of several effects all have to hold,
+    and one that doesn't decides. Networks that weren't `trained_out` decide nothing about
+    capacity: the budget was too small. `unit` "points" writes percentages, others plain numbers.
+    """
+    effects = {"": effect} if isinstance(effect, Interval) else dict(effect)
+
+    def written(value: float, sign: str = "") -> str:
+        return percent(value, sign) if unit == "points" else f"{value:{sign}.2f}"
+
+    reason = "; ".join(
+        f"{name + ' ' if name else ''}{written(e.mean, '+')}{' ' + unit if unit else ''} "
+        f"[{written(e.low, '+')}, {written(e.high, '+')}]"
+        for name, e in effects.items()
+    )
+    if not trained_out:
+        word = "budget too small"
+    elif all(e.low >= smallest for e in effects.values()):
+        word = "holds"
+    elif any(e.high < smallest for e in effects.values()):
+        word = "does not hold"
+    else:
+        word = "not decided"
+    return Verdict(claim, word, reason)
 
 
 # --- Cost --------------------------------------------------------------------------------------
@@ -282,59 +318,12 @@ def multiply_adds(model: nn.Module, image_size: int, in_channels: int = 3) -> in
     first = next(model.parameters())
     image = torch.zeros(1, in_channels, image_size, image_size, device=first.device)
     counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), mode(model, training=False), counter:
+    with torch.inference_mode(), evaluation_mode(model), counter:
         model(image)
     return counter.get_total_flops() // 2
 
 
-@dataclass(frozen=True)
-class LayerSummary:
-    """One row of `summarise`: a named layer, its output shape, parameters and multiply-adds."""
-
-    name: str
-    kind: str
-    output_shape: tuple[int, ...]
-    parameters: int
-    multiply_adds: int
-
-
-def summarise(
-    model: nn.Module, image_size: int, in_channels: int = 3, depth: int = 1
-) -> list[LayerSummary]:
-    """Return one row for each module down to `depth` levels, in the order of the forward pass.
-
-    Shapes leave out the batch dimension. Multiply-adds and parameters of a row include all that
-    is below it.
-    """
-    rows: list[tuple[str, str, tuple[int, ...], int]] = []
-    hooks = []
-    for name, module in model.named_modules():
-        if name and name.count(".") < depth:
-
-            def record(module: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
-                parameters = sum(p.numel() for p in module.parameters())
-                shape = tuple(output.shape[1:])
-                rows.append((name, type(module).__name__, shape, parameters))
-
-            hooks.append(module.register_forward_hook(record))
-    first = next(model.parameters())
-    image = torch.zeros(1, in_channels, image_size, image_size, device=first.device)
-    counter = FlopCounterMode(display=False, depth=depth + 1)
-    try:
-        with torch.inference_mode(), mode(model, training=False), counter:
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    counts = counter.get_flop_counts()
-    owner = type(model).__name__
-    return [
-        LayerSummary(*row, sum(counts.get(f"{owner}.{row[0]}", {}).values()) // 2) for row in rows
-    ]
-
-
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Median and spread (minimum and maximum) of repeated timings, in seconds."""
 
     median: float
@@ -343,50 +332,40 @@ class Timing:
     repeats: int
 
 
-def measure(
-    call: Callable[[], object], *, repeats: int = 7, warmups: int = 2, device: torch.device
-) -> Timing:
-    """Time a call `repeats` times after `warmups`, waiting for the device to finish each."""
-
-    def once() -> float:
+def measure(call: Callable[[], object], *, repeats: int = 7, device: torch.device) -> Timing:
+    """Time a call after two to warm up, waiting for the device to finish each."""
+    times = []
+    for _ in range(2 + repeats):
         start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    for _ in range(warmups):
-        once()
-    times = [once() for _ in range(repeats)]
+        times.append(time.perf_counter() - start)
+    times = times[2:]
     return Timing(statistics.median(times), min(times), max(times), repeats)
 
 
 @torch.inference_mode()
 def latency(model: nn.Module, image_size: int, batch_size: int = 1, repeats: int = 7) -> Timing:
     """Time the forward pass of a batch in float32 on the model's device, in evaluation mode."""
-    device = device_of(model)
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, image_size, image_size, generator=generator).to(device)
     images = images.contiguous(memory_format=torch.channels_last)
-    with mode(model, training=False):
+    with evaluation_mode(model):
         return measure(lambda: model(images), repeats=repeats, device=device)
 
 
-def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[tuple[str, float]]:
+def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
     """Return the norm of the loss's gradient for each convolution's weights, from the input on.
 
-    `images` is N x C x H x W as the network takes it, `labels` N. The network runs in training
-    mode (batch statistics), as in its first step; its running statistics, mode and gradients are
-    put back.
+    `images` is N x C x H x W as the network takes it, `labels` N. Convolutions on shortcuts are
+    left out. A copy of the network runs in training mode (batch statistics), as in a first step.
     """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    layers = [(n, m.weight) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    layers = [(n, w) for n, w in layers if "downsample" not in n]
-    try:
-        with torch.enable_grad(), mode(model, training=True):
-            loss = F.cross_entropy(model(images), labels)
-            gradients = torch.autograd.grad(loss, [weight for _, weight in layers])
-    finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    return [(n, float(g.norm())) for (n, _), g in zip(layers, gradients, strict=True)]
+    network = copy.deepcopy(model).train()
+    layers = [(n, m.weight) for n, m in network.named_modules() if isinstance(m, nn.Conv2d)]
+    weights = [weight for name, weight in layers if "downsample" not in name]
+    with torch.enable_grad():
+        loss = F.cross_entropy(network(images), labels)
+        gradients = torch.autograd.grad(loss, weights)
+    return [float(gradient.norm()) for gradient in gradients]

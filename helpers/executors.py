@@ -1,144 +1,192 @@
-"""Many runs at a time: Ray sends them to the GPUs or CPU cores of one or several machines.
+"""Many runs: one after the other in this process, in several processes, or on machines by Ray.
 
 Runs are independent, named by their content and resumable, so spreading them needs a scheduler and
-nothing else: each becomes a Ray task, and a task is `load_or_train`.
+nothing else; each is a call of `load_or_train`. How far they are is read from their folders.
 
-Needed: Ray (`pip install .[ray]`), and on each machine of a cluster this package and the data at
-the same paths. If the machines share RUNS_DIR, a run whose machine dies goes on elsewhere from its
-last checkpoint. If they don't, it begins anew there, and finished runs are sent to this process.
+EXECUTOR=processes trains several at a time on this machine. EXECUTOR=ray needs `pip install .[ray]`
+and on each machine of a cluster this package and the data at the same paths; if the machines don't
+share RUNS_DIR, finished runs are sent to this process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import Parallel, delayed, parallel_config
+from tqdm.auto import tqdm as notebook_or_terminal_bar
+from tqdm.std import tqdm as plain_bar
 
-from helpers.config import ROOT, Study
-from helpers.runs import Run, RunError, load_or_train
-from helpers.training import Progress, leave, stop_signals, write_atomically
+from helpers import config
+from helpers.config import ROOT, Study, write_atomically
+from helpers.data import Dataset
+from helpers.evaluation import multiply_adds
+from helpers.runs import Result, Run, RunError, load_or_train, make_run
 
-# How often a run is taken up again when its process or its machine dies.
-RESTARTS = 5
-SECONDS_BETWEEN_REPORTS = 0.5
-SECONDS_TO_STOP = 60
+Settings = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
+
+
+def train_variants(
+    study: Study, dataset: Dataset, variants: Mapping[Any, Settings], *, title: str = "variants"
+) -> dict[Any, list[Result]]:
+    """Load or train a study's variants, each once a seed; return their Results by name.
+
+    `variants` maps a name to the fields of its Runs that differ from `make_run`'s: "model"
+    (resnet18 if not given), "data" (another Dataset than `dataset`), recipe, width, start and so
+    on; or to a function that returns them for a seed.
+    """
+
+    def run(given: Settings, seed: int) -> Run:
+        fields = {"model": "resnet18", "data": dataset} | (
+            given(seed) if callable(given) else given
+        )
+        return make_run(study, fields.pop("data"), fields.pop("model"), seed=seed, **fields)
+
+    runs = {name: [run(v, seed) for seed in study.profile.seeds] for name, v in variants.items()}
+    results = train_all([r for variant in runs.values() for r in variant], study, title=title)
+    return {name: [results[r] for r in variant] for name, variant in runs.items()}
+
+
+def train_all(
+    runs: Sequence[Run], study: Study | None = None, *, title: str = "runs"
+) -> dict[Run, Result]:
+    """Load or train runs, showing progress; return Results by Run.
+
+    Raises what `load_or_train` raises. With several at a time, the longest first, one that fails
+    doesn't stop the others: a RunError at the end names those that failed.
+    """
+    study = study or config.study()
+    missing = [run for run in dict.fromkeys(runs) if not is_finished(run, study)]
+    with show_progress(missing, study, title):
+        if missing and study.executor != "local":
+            failures = train_in_processes(sorted(missing, key=cost, reverse=True), study)
+            if failures:
+                listed = "\n".join(f"{run.key}: {text}" for run, text in failures.items())
+                raise RunError(f"{len(failures)} of {len(missing)} runs failed:\n{listed}")
+        return {run: load_or_train(run, study) for run in runs}
+
+
+def is_finished(run: Run, study: Study) -> bool:
+    """Tell whether a run's result is stored."""
+    return (study.runs_dir / run.key / "result.json").exists()
+
+
+def train_in_processes(runs: Sequence[Run], study: Study) -> dict[Run, str]:
+    """Train runs several at a time, in processes here or by Ray; return what failed and why.
+
+    Ray's get one GPU each, or `study.cores_per_run` CPU cores. It starts on this machine, unless
+    the variable RAY_ADDRESS names a cluster that is running. Raises ImportError without Ray.
+    """
+    if study.executor == "processes":
+        at_once, how = (os.cpu_count() or 1) // study.cores_per_run, {"backend": "loky"}
+    else:
+        try:
+            import ray
+            from ray.util.joblib import register_ray
+        except ImportError as error:
+            raise ImportError("EXECUTOR is ray: pip install '.[ray]', or unset it") from error
+        register_ray()
+        if not ray.is_initialized():  # it then stays, for the next runs of this process
+            quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+            ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, **quiet)
+        need, each = ("GPU", 1) if study.device.type == "cuda" else ("CPU", study.cores_per_run)
+        at_once = int(ray.cluster_resources().get(need, 0)) // each
+        how = {"backend": "ray", "ray_remote_args": {f"num_{need.lower()}s": each}}
+    with parallel_config(n_jobs=max(1, min(at_once, len(runs))), **how):
+        outcomes = Parallel(batch_size=1)(delayed(_train_in_worker)(run, study) for run in runs)
+    for run, (_, files) in zip(runs, outcomes, strict=True):
+        for name in files if not is_finished(run, study) else ():
+            write_atomically(study.runs_dir / run.key / name, files[name])
+    return {run: error for run, (error, _) in zip(runs, outcomes, strict=True) if error}
+
+
 RESULT_FILES = ("run.json", "predictions.npz", "model.safetensors", "history.csv", "result.json")
 
 
-def train_with_ray(runs: Sequence[Run], study: Study, display: Any) -> None:
-    """Train runs as Ray tasks, in the order given as far as there is room; return when all ended.
-
-    A run gets one GPU, or `study.cores_per_run` CPU cores. Ray starts on this machine, unless the
-    variable RAY_ADDRESS names a cluster that is running. `display` is told when a run begins, how
-    far it is and when it is finished. Ctrl-C lets every run write a checkpoint first.
-
-    Raises ImportError without Ray, and RunError at the end, once the others are finished, naming
-    the runs that failed for their own reasons or whose process died more than RESTARTS times.
-    """
-    ray = _start_ray(study)
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    on_gpu = study.device.type == "cuda"
-    # The board stays on this machine, whose end is the end of all in any case.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
-    task = ray.remote(
-        num_gpus=1 if on_gpu else 0,
-        num_cpus=1 if on_gpu else study.cores_per_run,
-        max_calls=0,  # a worker is kept for the next run, with the network it has compiled
-        max_retries=RESTARTS,
-    )(_train_run)
-    pending = {task.remote(run, study, board): run for run in runs}
-    failures = {}
-    # An exception from a signal handler could get lost in one of Ray's callbacks.
-    with stop_signals() as stop:
-        try:
-            while pending and not stop:
-                ended, _ = ray.wait(list(pending), timeout=SECONDS_BETWEEN_REPORTS)
-                for run, progress in ray.get(board.now.remote()).items():
-                    display.begin(run)
-                    display.update(run, progress)
-                for reference in ended:
-                    run = pending.pop(reference)
-                    try:
-                        _bring_back(ray.get(reference), study.runs_dir / run.key)
-                    except ray.exceptions.RayTaskError as error:  # an exception of the run's own
-                        failures[run] = f"{type(error.cause).__name__}: {error.cause}"
-                    except ray.exceptions.RayError as error:
-                        failures[run] = f"its process died {RESTARTS + 1} times: {error}"
-                    display.begin(run)
-                    display.finish(run)
-            if stop:
-                leave(stop[0])
-        except (KeyboardInterrupt, SystemExit):
-            for reference in pending:
-                ray.cancel(reference)  # there a KeyboardInterrupt, on which a checkpoint is written
-            ray.wait(list(pending), num_returns=len(pending), timeout=SECONDS_TO_STOP)
-            raise
-        finally:
-            ray.kill(board)
-    if failures:
-        listed = "\n".join(f"{run.key}: {text}" for run, text in failures.items())
-        raise RunError(
-            f"{len(failures)} of {len(runs)} runs failed, the others are finished:\n{listed}"
-        )
-
-
-def _start_ray(study: Study) -> Any:
-    """Return the module ray, connected to a cluster or to a Ray of this process's own."""
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError(
-            "EXECUTOR is ray, but Ray isn't installed: pip install '.[ray]', or unset EXECUTOR"
-        ) from error
-    if not ray.is_initialized():  # it then stays, for the next runs of this process
-        threads = {"OMP_NUM_THREADS": str(study.cores_per_run), "PYTHONPATH": str(ROOT)}
-        ray.init(
-            log_to_driver=False,
-            logging_level="ERROR",
-            include_dashboard=False,
-            runtime_env={"env_vars": threads},
-        )
-    return ray
-
-
-class _Board:
-    """A Ray actor that knows how far each run is that is being trained."""
-
-    def __init__(self) -> None:
-        self.states: dict[Run, Progress] = {}
-
-    def write(self, run: Run, progress: Progress) -> None:
-        self.states[run] = progress
-
-    def wipe(self, run: Run) -> None:
-        self.states.pop(run, None)
-
-    def now(self) -> dict[Run, Progress]:
-        return self.states
-
-
-def _train_run(run: Run, study: Study, board: Any) -> dict[str, bytes]:
-    """Train one run in a Ray worker and return its files."""
+def _train_in_worker(run: Run, study: Study) -> tuple[str, dict[str, bytes]]:
+    """Train one run; return what went wrong and, from another machine, the result's files."""
     if study.device.type == "cuda":  # Ray shows a worker its own GPU only, as number 0
         study = replace(study, device=torch.device("cuda"))
-    else:
-        torch.set_num_threads(study.cores_per_run)
+    torch.set_num_threads(study.cores_per_run)
     try:
-        result = load_or_train(run, study, on_progress=lambda p: board.write.remote(run, p))
-    finally:
-        board.wipe.remote(run)
-    return {name: (result.folder / name).read_bytes() for name in RESULT_FILES}
+        folder = load_or_train(run, study).folder
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", {}
+    names = RESULT_FILES if study.executor == "ray" else ()
+    return "", {name: (folder / name).read_bytes() for name in names}
 
 
-def _bring_back(files: dict[str, bytes], folder: Path) -> None:
-    """Write a run's files, result.json last, unless they came into being in this folder."""
-    if (folder / "result.json").exists():
+# --- Progress ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def cost(run: Run) -> float:
+    """Return multiply-adds x images x epochs, and some more, to weigh runs against each other.
+
+    What an image costs besides is taken for 4 million multiply-adds: on two cores SimpleCNN (0.8
+    million) trains on 8,000 images/s, ResNet-18 (35 million) on 1,000.
+    """
+    size = run.image_size or 32
+    with torch.device("meta"):
+        model = run.build(10, size)
+    return (multiply_adds(model, size) + 4e6) * (run.train_size or 50_000) * run.epochs
+
+
+@contextlib.contextmanager
+def show_progress(runs: Sequence[Run], study: Study, title: str) -> Iterator[None]:
+    """Show one bar of what all runs cost, with the time left, as the study's `progress` says.
+
+    "bar" is one in the notebook or on the terminal; "file:PATH" writes it into a file, for whoever
+    runs the notebook; "none" shows nothing.
+    """
+    if not runs:
+        yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in RESULT_FILES:
-        write_atomically(folder / name, files[name])
+    kind, _, path = study.progress.partition(":")
+    text = "{desc}: {percentage:3.0f}% |{bar}| {remaining} left{postfix}"
+    options = {"desc": title, "bar_format": text, "smoothing": 0, "leave": False}
+    options |= {"total": sum(cost(run) for run in runs), "initial": _done(runs, study)[0]}
+    with contextlib.ExitStack() as stack:
+        if kind == "file":
+            file = stack.enter_context(open(path, "w"))
+            bar = stack.enter_context(plain_bar(file=file, ncols=150, **options))
+        else:
+            off = kind == "none"
+            bar = stack.enter_context(notebook_or_terminal_bar(disable=off, **options))
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(1):
+                bar.n, news = _done(runs, study)
+                bar.set_postfix_str(news)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def _done(runs: Sequence[Run], study: Study) -> tuple[float, str]:
+    """Return how much of the runs' cost is done, and a line about those in training."""
+    spent, finished, news = 0.0, 0, []
+    for run in runs:
+        share = float(is_finished(run, study))
+        finished += int(share)
+        history = study.runs_dir / run.key / "history.csv"
+        if not share and history.exists():
+            *earlier, last = history.read_text().splitlines()
+            share = len(earlier) / run.epochs
+            accuracy = 100 * float(last.split(",")[-2])
+            name = f"{run.kind}, {run.recipe.name}, seed {run.seed}"
+            news.append(f"{name}: epoch {len(earlier)}/{run.epochs}, validation {accuracy:.1f} %")
+        spent += share * cost(run)
+    return spent, "; ".join([f"{finished} of {len(runs)} runs done", *news])

@@ -17,10 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.config import as_float, check, is_whole
-
 # An image up to this size gets the CIFAR stem: the ImageNet stem would shrink it fourfold first.
 LARGEST_CIFAR_STEM_SIZE = 64
+# Below, the ImageNet stem leaves a single pixel to the last stages, and on processors with
+# bfloat16 instructions oneDNN gets the weight gradient of a strided convolution wrong there.
+SMALLEST_IMAGENET_STEM_SIZE = 33
+
+
+Shortcut = nn.Module | None  # None: the input as it is
 
 
 def every_nth_pixel(x: Tensor, stride: int) -> Tensor:
@@ -57,21 +61,14 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        shortcut: nn.Module | None,
-        residual: bool,
+        self, in_channels: int, channels: int, stride: int, shortcut: Shortcut, residual: bool
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride = stride
-        self.downsample = shortcut
-        self.residual = residual
+        self.stride, self.downsample, self.residual = stride, shortcut, residual
 
     def forward(self, x: Tensor) -> Tensor:
         """N x C x H x W -> N x channels x H/stride x W/stride."""
@@ -93,12 +90,7 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        shortcut: nn.Module | None,
-        residual: bool,
+        self, in_channels: int, channels: int, stride: int, shortcut: Shortcut, residual: bool
     ) -> None:
         super().__init__()
         out_channels = channels * self.expansion
@@ -108,9 +100,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.stride = stride
-        self.downsample = shortcut
-        self.residual = residual
+        self.stride, self.downsample, self.residual = stride, shortcut, residual
 
     def forward(self, x: Tensor) -> Tensor:
         """N x C x H x W -> N x 4*channels x H/stride x W/stride."""
@@ -160,22 +150,18 @@ class ResNet(nn.Module):
         self.stages = tuple(f"layer{i + 1}" for i in range(len(blocks)))
         self.stem = stem
         for i, name in enumerate(self.stages):
-            out_channels = channels[i] * block.expansion
+            wider = channels[i] * block.expansion
             stage = []
             for j in range(blocks[i]):
                 stride = 2 if i > 0 and j == 0 else 1
-                shortcut: nn.Module | None = None
-                if residual and (stride != 1 or width != out_channels):
-                    shortcut = (
-                        nn.Sequential(
-                            nn.Conv2d(width, out_channels, 1, bias=False),
-                            nn.BatchNorm2d(out_channels),
-                        )
-                        if projection
-                        else ZeroChannels(out_channels - width)
-                    )
+                shortcut: Shortcut = None
+                if residual and (stride != 1 or width != wider):
+                    shortcut = ZeroChannels(wider - width)
+                    if projection:
+                        convolution = nn.Conv2d(width, wider, 1, bias=False)
+                        shortcut = nn.Sequential(convolution, nn.BatchNorm2d(wider))
                 stage.append(block(width, channels[i], stride, shortcut, residual))
-                width = out_channels
+                width = wider
             setattr(self, name, nn.Sequential(*stage))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
@@ -183,7 +169,11 @@ class ResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images N x in_channels x H x W (float) -> logits N x num_classes."""
+        """Images N x in_channels x H x W (float) -> logits N x num_classes.
+
+        Raises ValueError for images that are too small for the ImageNet stem.
+        """
+        check_stem(self.stem, x.shape[-1])
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         for name in self.stages:
             x = getattr(self, name)(x)
@@ -256,6 +246,16 @@ def default_stem(image_size: int) -> str:
     return "cifar" if image_size <= LARGEST_CIFAR_STEM_SIZE else "imagenet"
 
 
+@torch.fx.wrap  # a tracer of the network calls it, and doesn't look into it
+def check_stem(stem: str, image_size: int) -> None:
+    """Raise ValueError for images, of so many pixels a side, too small for the ImageNet stem."""
+    if stem == "imagenet" and image_size < SMALLEST_IMAGENET_STEM_SIZE:
+        raise ValueError(
+            f"images have {image_size} pixels a side; the ImageNet stem needs at least "
+            f"{SMALLEST_IMAGENET_STEM_SIZE}. Set a larger image_size, or stem='cifar'."
+        )
+
+
 def build_model(
     name: str,
     *,
@@ -278,11 +278,8 @@ def build_model(
     """
     if name not in MODELS:
         raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(MODELS)}")
-    check("num_classes", num_classes, is_whole(num_classes, 2), "a whole number of at least 2")
-    check("in_channels", in_channels, is_whole(in_channels), "a positive whole number")
-    width, dropout = as_float("width", width), as_float("dropout", dropout)
-    check("width", width, 0 < width <= 16, "a multiplier above 0 and at most 16")
-    check("dropout", dropout, 0 <= dropout < 1, "a probability from 0 to below 1")
+    if not 0 < width <= 16:
+        raise ValueError(f"width is {width!r}; expected a multiplier above 0 and at most 16")
 
     def scaled(*channels: int) -> tuple[int, ...]:
         return tuple(max(4, round(c * width)) for c in channels)

@@ -1,12 +1,9 @@
-"""Run the notebooks headlessly, in order, with progress on the terminal.
+"""Run the notebooks headlessly and in order, and prepare Colab for them.
 
-    python -m helpers.notebooks                 all of them, in the profile of the environment
-    python -m helpers.notebooks 01 04           some of them
-    python -m helpers.notebooks --publish       and copy the executed ones over notebooks/
+    python -m helpers.notebooks [01 04 ...] [--publish]
 
-Executed notebooks go to analysis/<set>/notebooks/, saved after every cell; the ones in notebooks/
-are only replaced by --publish, once all that were asked for have succeeded. `set_up` is what the
-set-up cell of every notebook calls: it does its work on Colab and nothing elsewhere.
+Executed notebooks go to analysis/<set>/notebooks/, saved after every cell; --publish copies them
+over notebooks/. `set_up` is what the set-up cell of every notebook calls.
 """
 
 from __future__ import annotations
@@ -14,39 +11,36 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from traitlets.config import Config
 
 from helpers import config
-from helpers.config import ROOT, Study
+from helpers.config import ROOT, Study, write_atomically
 from helpers.data import check_dataset
-from helpers.training import write_atomically
 
 NOTEBOOKS_DIR = ROOT / "notebooks"
-# In a notebook's first cell, between these marks, --publish writes the measured run time.
-RUN_TIME = re.compile(r"(<!-- run time -->).*?(<!-- /run time -->)", re.DOTALL)
-ADDRESS = re.compile(r'(ADDRESS = )"[^"]*"')
-
-
-# --- Set-up ------------------------------------------------------------------------------------
 
 
 def set_up(keep_runs_on_drive: bool = False) -> None:
     """Prepare Colab: install what's missing, and keep runs on Drive if wanted. Elsewhere: nothing.
 
-    Of requirements.txt only the packages that can't be imported are installed, so the
-    preinstalled torch stays as it is.
+    Only packages that aren't there are installed, so the preinstalled torch stays as it is.
     """
     if "google.colab" not in sys.modules:
         return
@@ -63,24 +57,11 @@ def set_up(keep_runs_on_drive: bool = False) -> None:
 
 
 def missing_requirements(path: Path) -> list[str]:
-    """Return the lines of a requirements file whose package can't be imported here."""
-    module_names = {
-        "opencv-python": "cv2",
-        "scikit-learn": "sklearn",
-        "pillow": "PIL",
-        "pytest-xdist": "xdist",
-    }
-    missing = []
-    for line in path.read_text().splitlines():
-        requirement = line.split("#")[0].strip()
-        package = re.split(r"[<>=!~\[; ]", requirement)[0]
-        module = module_names.get(package, package.replace("-", "_"))
-        if requirement and importlib.util.find_spec(module) is None:
-            missing.append(requirement)
-    return missing
-
-
-# --- The series --------------------------------------------------------------------------------
+    """Return the lines of a requirements file whose package isn't installed in any version."""
+    there = {re.sub(r"[-_.]+", "-", d.name).lower() for d in metadata.distributions()}
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    name = re.compile(r"[\w.-]+")
+    return [s for s in lines if s and re.sub(r"[-_.]+", "-", name.match(s)[0]).lower() not in there]
 
 
 def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
@@ -88,283 +69,155 @@ def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
 
     Raises ValueError for a name that fits none.
     """
-    everything = sorted(NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
-    if not names:
-        return everything
-    chosen = []
-    for name in names:
-        fitting = [p for p in everything if p.stem.startswith(name.removesuffix(".ipynb"))]
-        if not fitting:
-            have = ", ".join(p.stem for p in everything)
+    there = sorted(NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
+    beginnings = [name.removesuffix(".ipynb") for name in names]
+    for name in beginnings:
+        if not any(path.stem.startswith(name) for path in there):
+            have = ", ".join(path.stem for path in there)
             raise ValueError(f"no notebook begins with {name!r}; there are {have}")
-        chosen += fitting
-    return sorted(dict.fromkeys(chosen))
+    return [path for path in there if not names or path.stem.startswith(tuple(beginnings))]
+
+
+def executed(path: Path, study: Study) -> Path:
+    """Return where a notebook goes when the study has executed it."""
+    return study.analysis_dir / study.set_name / "notebooks" / path.name
+
+
+def run_times(study: Study) -> dict[str, float]:
+    """Return the seconds that each of the study's notebooks took when it ran first."""
+    path = study.results_dir / "run_times.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def run_series(paths: Sequence[Path], study: Study) -> bool:
     """Run notebooks in order, each in its own kernel; return whether all succeeded.
 
     The first that fails is saved as far as it got, its error is printed, and the series stops.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with the kernel stopped.
     """
-    out_dir = study.analysis_dir / study.set_name / "notebooks"
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{out_dir} can't be made ({error.strerror}); set ANALYSIS_DIR to a folder that can be "
-            "written",
-        ) from error
-    times = _read_times(study)
-    with _Terminal(paths, times) as terminal:
-        for path in paths:
-            terminal.begin_notebook(path)
-            error = _run_notebook(path, out_dir / path.name, terminal)
-            seconds = terminal.end_notebook()
-            if error:
-                terminal.stop()
-                print(
-                    f"\n{error}\n\n{path.name} failed in cell {terminal.cell}; as far as it got, "
-                    f"with the error's trace: {out_dir / path.name}"
-                )
-                return False
-            # Run times are those of a first run: a later one reads stored runs and is shorter.
-            times[path.stem] = max(seconds, times.get(path.stem, 0.0))
-            content = json.dumps({k: round(v, 1) for k, v in sorted(times.items())}, indent=1)
-            study.results_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(study.results_dir / "run_times.json", content.encode())
+    for number, path in enumerate(paths, start=1):
+        where, begun = f"[{number}/{len(paths)}] {path.stem}", time.monotonic()
+        print(f"{where} ...", flush=True)
+        error = run_notebook(path, executed(path, study), where)
+        if error:
+            print(f"{where} failed in {error}; its trace is in {executed(path, study)}")
+            return False
+        seconds, times = time.monotonic() - begun, run_times(study)
+        print(f"{where} took {clock(seconds)}", flush=True)
+        # Run times are those of a first run: a later one reads stored runs and is shorter.
+        times[path.stem] = round(max(seconds, times.get(path.stem, 0)), 1)
+        content = json.dumps(times, indent=1, sort_keys=True).encode()
+        write_atomically(study.results_dir / "run_times.json", content)
     return True
 
 
-def _read_times(study: Study) -> dict[str, float]:
-    path = study.results_dir / "run_times.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def run_notebook(path: Path, out: Path, where: str) -> str:
+    """Execute a notebook, saving after each cell; return its error in one line, or nothing.
 
-
-def _run_notebook(path: Path, out: Path, terminal: _Terminal) -> str | None:
-    """Execute one notebook, saving after each cell; return its error's text, or None.
-
-    SIGINT (Ctrl-C) and SIGTERM are passed on to the kernel, where training writes a checkpoint;
-    then KeyboardInterrupt is raised.
+    `where` is what the terminal shows before the number of the code cell.
     """
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
-    from traitlets.config import Config
-
     notebook = nbformat.read(path, as_version=4)
+    count = sum(cell.cell_type == "code" for cell in notebook.cells)
+    interrupted = False
 
     def save(**_: object) -> None:
         write_atomically(out, nbformat.writes(notebook).encode())
 
-    interrupted = False
+    def begin(**_: object) -> None:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
 
-    def interrupt() -> None:
-        nonlocal interrupted
-        interrupted = True
-        asyncio.ensure_future(client.km.interrupt_kernel())
+        def interrupt() -> None:
+            nonlocal interrupted
+            interrupted = True
+            asyncio.ensure_future(client.km.interrupt_kernel())
+            loop.call_later(5, task.cancel)  # if that ended no cell
 
-    def begin_notebook(**_: object) -> None:
-        # In place of nbclient's own handlers, which shut the kernel down.
+        # In place of nbclient's own handlers, which may wait for ever for a kernel that they ended.
         with contextlib.suppress(RuntimeError):  # not on Windows, nor outside the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, interrupt)
+                loop.add_signal_handler(number, interrupt)
 
-    def begin(cell: Any, cell_index: int) -> None:
-        if interrupted:  # between two cells
-            raise asyncio.CancelledError
-        terminal.cell = cell_index + 1
+    def place() -> str:
+        text = progress.read_text(errors="ignore") if progress.exists() else ""
+        last = text.split("\n")[-1].strip()  # what a bar drew last: reading made \r to \n
+        return f"{where}, cell {client.code_cells_executed}/{count}{last and ' | '}{last}"
 
-    # Sockets in the file system, where there are any: nobody else can connect to the kernel. The
-    # path is absolute, since the kernel's working folder is another one.
-    sockets = {"transport": "ipc", "ip": f"{terminal.folder.name}/{path.stem}"}
-    terminal.cells = len(notebook.cells)
-    client = NotebookClient(
-        notebook,
-        timeout=None,
-        record_timing=False,
-        resources={"metadata": {"path": str(NOTEBOOKS_DIR)}},
-        config=Config({"KernelManager": sockets if os.name == "posix" else {}}),
-        on_notebook_start=begin_notebook,
-        on_cell_start=begin,
-        on_cell_executed=save,
-    )
-    # The kernel's progress goes to a file that the terminal display reads, not into the notebook.
-    environment = os.environ | {"PROGRESS": f"file:{terminal.progress_file}"}
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress"
+        # Sockets in the file system, where there are any: nobody else can connect to the kernel.
+        sockets = {"transport": "ipc", "ip": f"{folder}/kernel"} if os.name == "posix" else {}
+        options = {"timeout": None, "record_timing": False, "on_cell_executed": save}
+        options |= {"on_notebook_start": begin, "config": Config({"KernelManager": sockets})}
+        options |= {"resources": {"metadata": {"path": str(NOTEBOOKS_DIR)}}}
+        client = NotebookClient(notebook, **options)
+        with shown(place):
+            try:
+                client.execute(env=os.environ | {"PROGRESS": f"file:{progress}"})
+            except (CellExecutionError, DeadKernelError, asyncio.CancelledError) as error:
+                if interrupted:
+                    raise KeyboardInterrupt from None
+                known = isinstance(error, CellExecutionError)
+                why = (
+                    f"{error.ename}: {error.evalue}" if known else "the kernel died, out of memory?"
+                )
+                return f"cell {client.code_cells_executed}: {why}"
+            finally:
+                notebook.metadata.pop("widgets", None)
+                save()
+    return ""
+
+
+@contextlib.contextmanager
+def shown(line: Callable[[], str]) -> Iterator[None]:
+    """Show where things stand: redrawn twice a second on a terminal, else every half minute."""
+    live, ended = sys.stdout.isatty(), threading.Event()
+    clear = "\r\x1b[K" if live else ""
+
+    def show() -> None:
+        while not ended.wait(0.5 if live else 30):
+            width = shutil.get_terminal_size().columns - 1 if live else None
+            print(clear + line()[:width], end="" if live else "\n", flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
     try:
-        client.execute(env=environment)
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-    except CellExecutionError as error:
-        if interrupted:
-            raise KeyboardInterrupt from None
-        return f"{error.ename}: {error.evalue}"
-    except DeadKernelError:
-        return "the kernel died, perhaps for lack of memory: lower train_size, width or batch_size"
+        yield
     finally:
-        notebook.metadata.pop("widgets", None)
-        save()
-    return None
-
-
-class _Terminal:
-    """The live display: notebook, cell, what training is doing, time left.
-
-    On a terminal one line is redrawn twice a second; otherwise a plain line is printed for each
-    notebook, each training run, and every half minute.
-    """
-
-    def __init__(
-        self, paths: Sequence[Path], times: dict[str, float], stream: TextIO | None = None
-    ) -> None:
-        self.paths, self.times, self.stream = paths, times, stream or sys.stdout
-        self.live = self.stream.isatty()
-        self.begun = self.notebook_begun = time.monotonic()
-        self.number, self.cell, self.cells = 0, 0, 0
-        self.done: dict[str, float] = {}
-        self.folder = tempfile.TemporaryDirectory()
-        self.progress_file = Path(self.folder.name) / "progress.json"
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-
-    def __enter__(self) -> _Terminal:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-        self.folder.cleanup()
-
-    def stop(self) -> None:
-        """End the display and leave the cursor on a fresh line."""
-        if not self._stopped.is_set():
-            self._stopped.set()
-            self._thread.join()
-            if self.live:
-                self.stream.write("\r\x1b[K")
-                self.stream.flush()
-
-    def begin_notebook(self, path: Path) -> None:
-        """Start the clock of a notebook."""
-        self.number, self.cell, self.notebook_begun = self.number + 1, 0, time.monotonic()
-        self._print(f"[{self.number}/{len(self.paths)}] {path.stem} ...")
-
-    def end_notebook(self) -> float:
-        """Return the seconds the notebook took, and say so."""
-        seconds = time.monotonic() - self.notebook_begun
-        name = self.paths[self.number - 1].stem
-        self.done[name] = seconds
-        self._print(f"[{self.number}/{len(self.paths)}] {name} took {clock(seconds)}")
-        return seconds
-
-    def _print(self, text: str) -> None:
-        self.stream.write(("\r\x1b[K" if self.live else "") + text + "\n")
-        self.stream.flush()
-
-    def _loop(self) -> None:
-        last_run, last_time = None, time.monotonic()
-        while not self._stopped.wait(0.5):
-            if not self.number:
-                continue
-            training = self._training()
-            line = self._line(training)
-            if self.live:
-                width = os.get_terminal_size(self.stream.fileno()).columns
-                self.stream.write("\r\x1b[K" + line[: max(20, width - 1)])
-                self.stream.flush()
-                continue
-            run = training and training["run"]
-            now = time.monotonic()
-            if (run and run != last_run) or now - last_time >= 30:
-                self._print("  " + line)
-                last_run, last_time = run, now
-
-    def _training(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self.progress_file.read_text())
-        except (OSError, ValueError):
-            return None
-
-    def _line(self, training: dict[str, Any] | None) -> str:
-        name = self.paths[self.number - 1].stem
-        parts = [f"[{self.number}/{len(self.paths)}] {name}, cell {self.cell}/{self.cells}"]
-        left = self._seconds_left(training)
-        if left is not None:
-            parts.append(f"about {clock(left)} left")
-        if training:
-            parts.append(
-                f"run {training['number']}/{training['count']}, epoch {training['epoch']}/"
-                f"{training['epochs']}: {training['run']}, {training['state']}"
-            )
-        return " | ".join(parts)
-
-    def _seconds_left(self, training: dict[str, Any] | None) -> float | None:
-        """Estimate from the run times of an earlier study, scaled by the speed of this one.
-
-        Without an earlier one, only the training that goes on can be estimated.
-        """
-        here = (training or {}).get("seconds_left")
-        if any(path.stem not in self.times for path in self.paths):
-            return here
-        known = [name for name in self.done if self.times[name] > 1]
-        scale = sum(map(self.done.get, known)) / sum(map(self.times.get, known)) if known else 1.0
-        spent = time.monotonic() - self.notebook_begun
-        current = self.times[self.paths[self.number - 1].stem] * scale - spent
-        later = sum(self.times[p.stem] for p in self.paths[self.number :]) * scale
-        return max(0.0, current, here or 0.0) + later
-
-
-def _counted(paths: Sequence[Path]) -> str:
-    return "1 notebook" if len(paths) == 1 else f"{len(paths)} notebooks"
+        ended.set()
+        thread.join()
+        print(clear, end="", flush=True)
 
 
 def clock(seconds: float) -> str:
     """Write a time as 45 s, 3:07 min or 2:05:00 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d} min"
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
-
-
-# --- Publishing --------------------------------------------------------------------------------
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
 
 
 def publish(paths: Sequence[Path], study: Study) -> None:
     """Replace notebooks/ by the executed notebooks of this study, run times filled in."""
-    import nbformat
-
-    times = _read_times(study)
     for path in paths:
-        executed = study.analysis_dir / study.set_name / "notebooks" / path.name
-        notebook = nbformat.read(executed, as_version=4)
-        text = f"{clock(times[path.stem])} in the {study.profile.name} profile"
-        opening = notebook.cells[0]
-        opening.source = RUN_TIME.sub(rf"\g<1>{text}\g<2>", opening.source)
-        write_atomically(path, nbformat.writes(notebook).encode())
+        took = f"{clock(run_times(study)[path.stem])} in the {study.profile.name} profile"
+        marks = "<!-- run time -->", "<!-- /run time -->"
+        text = re.sub(f"(?<={marks[0]}).*(?={marks[1]})", took, executed(path, study).read_text())
+        write_atomically(path, text.encode())
         print(f"published {path}")
 
 
 def write_address() -> None:
     """Write the repository address of pyproject.toml into the set-up cell of every notebook."""
-    import nbformat
-
-    address = repository_address()
     for path in find_notebooks():
-        notebook = nbformat.read(path, as_version=4)
-        for cell in notebook.cells:
-            if "set-up" in cell.metadata.get("tags", []):
-                cell.source = ADDRESS.sub(rf'\g<1>"{address}"', cell.source)
-        write_atomically(path, nbformat.writes(notebook).encode())
-    print(f"the set-up cells now clone {address}")
+        line = rf"ADDRESS = \"{repository_address()}\""
+        text = re.sub(r"ADDRESS = \\\".*?\\\"", lambda _, line=line: line, path.read_text())
+        write_atomically(path, text.encode())
+    print(f"the set-up cells now clone {repository_address()}")
 
 
 def repository_address() -> str:
-    """Return the repository's address as pyproject.toml gives it."""
-    text = (ROOT / "pyproject.toml").read_text()
-    match = re.search(r'^Repository = "([^"]+)"', text, re.MULTILINE)
+    """Return the repository's address as pyproject.toml gives it; ValueError if it doesn't."""
+    match = re.search(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     if match is None:
         raise ValueError(f'{ROOT / "pyproject.toml"} has no line Repository = "..."; add one')
     return match[1]
@@ -372,8 +225,7 @@ def repository_address() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the series as the command line says; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.notebooks", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description="Run the notebooks in order.")
     parser.add_argument("names", nargs="*", help="notebooks by the beginning of their names")
     parser.add_argument("--publish", action="store_true", help="copy the results to notebooks/")
     parser.add_argument("--write-address", action="store_true", help="update the set-up cells")
@@ -382,38 +234,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_address()
         return 0
     try:
-        study = config.study()
-        paths = find_notebooks(options.names)
+        study, paths = config.study(), find_notebooks(options.names)
         check_dataset(study.dataset)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(
-        f"{_counted(paths)}, profile {study.profile.name}, dataset {study.dataset}, "
-        f"device {study.device}"
-    )
-    begun = time.monotonic()
+    what = f"profile {study.profile.name}, dataset {study.dataset}, device {study.device}"
+    print(f"notebooks: {len(paths)}, {what}")
     try:
-        succeeded = run_series(paths, study)
+        if not run_series(paths, study):
+            return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on, with training from its last checkpoint")
+        print("interrupted; the same command goes on, with training from its last checkpoint")
         return 130
     except OSError as error:  # a full disk, or a folder that can't be written
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    if not succeeded:
+        print(error, file=sys.stderr)
         return 1
     if options.publish:
         publish(paths, study)
-    print(f"\n{_counted(paths)} in {clock(time.monotonic() - begun)}. Now there are:")
-    here = study.analysis_dir / study.set_name
-    for what, where in (
-        ("executed notebooks", here / "notebooks"),
-        ("figures", study.figures_dir),
-        ("results", study.results_dir),
-        ("trained runs", study.runs_dir),
-    ):
-        print(f"  {what:20s}{where}")
+    print(f"  notebooks, figures, results  {study.analysis_dir / study.set_name}")
+    print(f"  trained runs                 {study.runs_dir}")
     return 0
 
 

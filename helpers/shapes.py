@@ -21,18 +21,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-CLASSES: tuple[str, ...] = (
-    "circle",
-    "ring",
-    "triangle",
-    "square",
-    "star",
-    "cross",
-    "heart",
-    "crescent",
-    "arrow",
-    "hexagon",
-)
+_NAMES = "circle ring triangle square star cross heart crescent arrow hexagon"
+CLASSES: tuple[str, ...] = tuple(_NAMES.split())
 
 # Difficulty. Lengths are fractions of the image side, colours are in grey levels (0 to 255).
 # Objects are lighter than the ground and roughly upright: with either sign of contrast and any
@@ -57,40 +47,20 @@ TEXTURE_SIDE = 64  # cells along the side of the finest texture
 FRACTION_BITS = 6  # OpenCV takes vertices as integers with this many fractional bits
 
 # The corner mark: three by three cells, a colour for each class, a corner for every fourth class.
-MARK_COLOURS = np.array(
-    [
-        (230, 25, 75),
-        (60, 180, 75),
-        (255, 225, 25),
-        (0, 130, 200),
-        (245, 130, 48),
-        (145, 30, 180),
-        (70, 240, 240),
-        (240, 50, 230),
-        (170, 110, 40),
-        (255, 255, 255),
-    ],
-    dtype=np.uint8,
-)
+_COLOURS = "e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 aa6e28 ffffff"
+MARK_COLOURS = np.array([list(bytes.fromhex(colour)) for colour in _COLOURS.split()], np.uint8)
+_PATTERNS = ("111 111 111", "101 010 101", "111 101 111")
 MARK_PATTERNS = np.array(
-    [
-        [[1, 1, 1], [1, 1, 1], [1, 1, 1]],
-        [[1, 0, 1], [0, 1, 0], [1, 0, 1]],
-        [[1, 1, 1], [1, 0, 1], [1, 1, 1]],
-    ],
-    dtype=bool,
+    [[[cell == "1" for cell in row] for row in pattern.split()] for pattern in _PATTERNS]
 )
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Drawn images with their labels and masks.
+    """Drawn images N x H x W x 3 (uint8, RGB), their labels N (int64, positions in `CLASSES`).
 
-    Attributes:
-        images: N x H x W x 3, uint8, RGB.
-        labels: N, int64, positions in `CLASSES`.
-        masks: N x H x W, bool, the visible pixels of the object (neither occluded nor marked).
-        mark_masks: N x H x W, bool, the pixels of the corner mark; all False without a mark.
+    `masks` N x H x W (bool) marks the visible pixels of the object, neither occluded nor marked,
+    `mark_masks` those of the corner mark: all False without one.
     """
 
     images: np.ndarray
@@ -100,28 +70,23 @@ class Drawing:
 
 
 def draw(labels: np.ndarray, *, image_size: int = 32, seed: int, mark: bool = False) -> Drawing:
-    """Draw one image for each label.
+    """Draw one image for each of N labels, `image_size` pixels (16 to 4096) high and wide.
 
-    Image i depends only on the seed, i, its label, the image size and `mark`: it has a random
-    generator of its own, so a longer set begins with the images of a shorter one. Sets that must
-    not overlap (training and test) need different seeds.
+    Image i depends only on the seed (from 0), i, its label, the image size and `mark`: it has a
+    random generator of its own, so a longer set begins with the images of a shorter one. Sets that
+    must not overlap (training and test) need different seeds. `mark` also paints the corner mark
+    that gives the class away; all other pixels stay the same.
 
-    Args:
-        labels: N integers, positions in `CLASSES`.
-        image_size: height and width in pixels, from 16 to 4096.
-        seed: from 0 to 2**32 - 1.
-        mark: also paint the corner mark that gives the class away. All other pixels stay the same.
-
-    Returns:
-        The images with labels, object masks and mark masks.
-
-    Raises:
-        ValueError: if labels are not one-dimensional integers from 0 to 9, or if the image size
-            or the seed is not an integer in its range.
+    Raises ValueError for labels that aren't integers from 0 to 9, or another image size or seed.
     """
-    labels = _checked_labels(labels)
-    _check_integer("image_size", image_size, MINIMUM_IMAGE_SIZE, 2**12)
-    _check_integer("seed", seed, 0, 2**32 - 1)
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not np.isin(labels, range(10)).all():
+        raise ValueError(f"labels are {labels}; expected integers from 0 to 9, as N positions")
+    if not MINIMUM_IMAGE_SIZE <= image_size <= 4096 or seed < 0:
+        raise ValueError(
+            f"image_size is {image_size}, seed {seed}; expected {MINIMUM_IMAGE_SIZE} to 4096 "
+            "pixels and a seed of 0 or more"
+        )
     count = len(labels)
     images = np.empty((count, image_size, image_size, 3), dtype=np.uint8)
     masks = np.empty((count, image_size, image_size), dtype=bool)
@@ -134,32 +99,7 @@ def draw(labels: np.ndarray, *, image_size: int = 32, seed: int, mark: bool = Fa
             images[index, rows, columns] = pixels
             mark_masks[index, rows, columns] = True
             masks[index, rows, columns] = False
-    return Drawing(images=images, labels=labels, masks=masks, mark_masks=mark_masks)
-
-
-def _checked_labels(labels: np.ndarray) -> np.ndarray:
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels have shape {labels.shape} and dtype {labels.dtype}; expected one dimension "
-            "of integers. Pass for example np.arange(100) % 10."
-        )
-    wrong = labels[(labels < 0) | (labels >= len(CLASSES))]
-    if wrong.size:
-        raise ValueError(
-            f"labels contain {int(wrong[0])}; expected 0 to {len(CLASSES) - 1}, the positions in "
-            "helpers.shapes.CLASSES. Map your classes to these first."
-        )
-    return labels.astype(np.int64)
-
-
-def _check_integer(name: str, value: int, low: int, high: int) -> None:
-    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_integer or not low <= value <= high:
-        raise ValueError(
-            f"{name} is {value!r}; expected an integer from {low} to {high}. "
-            f"Pass such a value, for example {name}={max(low, 32)}."
-        )
+    return Drawing(images, labels.astype(np.int64), masks, mark_masks)
 
 
 def _scene(rng: np.random.Generator, label: int, image_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,16 +14,13 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import typst
 
 from helpers import config
-from helpers.config import PROFILES, ROOT
-from helpers.evaluation import Interval
+from helpers.config import PROFILES, ROOT, write_atomically
 from helpers.notebooks import clock
-from helpers.training import write_atomically
 
 
 def build(set_folder: Path) -> bytes:
@@ -57,12 +54,13 @@ def check_one_dataset(set_folder: Path) -> None:
     """Raise ValueError if a set's results are of several datasets.
 
     Folders of the same name write to the same set, and a folder's images may change. The
-    fingerprint is that of one image size. Results that name no dataset are left out.
+    fingerprint is that of one image size. Only results about the study's own data are compared: a
+    notebook may look at a second dataset, and says so by its role; a reader's may name none.
     """
     seen: dict[int | str, str] = {}
     for path in sorted((set_folder / "results").glob("[0-9][0-9]_*.json")):
         about = json.loads(path.read_text()).get("data")
-        if about is None:
+        if about is None or about.get("role", "study") != "study":
             continue
         size = about["image_size"]
         for key, found in (("title", about["title"]), (size, about["fingerprint"])):
@@ -74,8 +72,6 @@ def check_one_dataset(set_folder: Path) -> None:
                     "the same name give one another name or ANALYSIS_DIR"
                 )
 
-
-STUDY_TIMES = ROOT / "benchmarks" / "study.json"  # written by benchmarks/study.py
 
 # The README's figures and what they show, for who can't see them.
 README_FIGURES = {
@@ -96,9 +92,9 @@ def results_section(set_folder: Path) -> str:
         "|---|---|---|---|---|",
     ]
     for name, values in depth["networks"].items():
-        a, costs = values["accuracy"], values["costs"]
+        costs = values["costs"]
         lines.append(
-            f"| {name} | {Interval(**a).percent()} | "
+            f"| {name} | {values['accuracy']['text']} | "
             f"{costs['parameters'] / 1e3:,.0f} thousand | "
             f"{costs['multiply-adds'] / 1e6:.1f} million | {costs['training seconds']:.0f} s |"
         )
@@ -120,11 +116,7 @@ def published_sets() -> list[Path]:
 
 
 def profile_table() -> str:
-    """Return the README's table of profiles, with the run times that were measured.
-
-    Those are the published sets' and, of whole studies run for the time alone, study.json's.
-    """
-    studies = json.loads(STUDY_TIMES.read_text())
+    """Return the README's table of profiles, with the measured run times of the published sets."""
     lines = [
         "| profile | default dataset | training images | pixels | width | epochs | seeds "
         "| measured |",
@@ -137,11 +129,6 @@ def profile_table() -> str:
                 times = json.loads((folder / "results" / "run_times.json").read_text())
                 total = clock(sum(times.values()))
                 measured.append(f"{total} ({folder.name}, {len(times)} notebooks)")
-        study = studies.get(profile.name)
-        # The times of a profile that was another one then say nothing.
-        if study and study["profile"] == asdict(profile) | {"seeds": list(profile.seeds)}:
-            total = clock(sum(study["seconds"].values()))
-            measured.append(f"{total} ({profile.default_dataset}, {study['machine']['device']})")
         size = "all" if profile.train_size is None else f"{profile.train_size:,}"
         lines.append(
             f"| {profile.name} | {profile.default_dataset} | {size} | "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers.config import ROOT
 from helpers.models import (
@@ -18,28 +18,19 @@ from helpers.models import (
     MODELS,
     BasicBlock,
     Bottleneck,
-    ResNet,
     SimpleCNN,
     ZeroChannels,
     build_model,
     count_parameters,
     default_stem,
+    every_nth_pixel,
 )
+from helpers.recipes import RECIPES
+from helpers.runs import Run
 
-IMAGENET_PARAMETERS = {
-    "resnet18": 11_689_512,
-    "resnet34": 21_797_672,
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet152": 60_192_808,
-}
-CIFAR_PARAMETERS = {
-    "resnet20": 269_722,
-    "resnet32": 464_154,
-    "resnet44": 658_586,
-    "resnet56": 853_018,
-    "resnet110": 1_727_962,
-}
+IMAGENET_COUNTS = (11_689_512, 21_797_672, 25_557_032, 44_549_160, 60_192_808)
+CIFAR_COUNTS = (269_722, 464_154, 658_586, 853_018, 1_727_962)
+THREE = ("simple_cnn", "resnet18", "resnet20")
 
 
 def on_meta(name: str, **options: object) -> nn.Module:
@@ -48,26 +39,15 @@ def on_meta(name: str, **options: object) -> nn.Module:
         return build_model(name, **options)
 
 
-def images(count: int = 2, size: int = 32, channels: int = 3, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+def images(count: int = 2, size: int = 32, channels: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
     return torch.randn(count, channels, size, size, generator=generator)
-
-
-def random_batch_norm(model: nn.Module) -> None:
-    """Give every batch norm its own scale, shift and running statistics."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.uniform_(module.bias, -0.2, 0.2, generator=generator)
-            module.running_mean.uniform_(-0.2, 0.2, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
 
 
 # --- The published networks --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "expected"), IMAGENET_PARAMETERS.items())
+@pytest.mark.parametrize(("name", "expected"), zip(IMAGENET_RESNETS, IMAGENET_COUNTS, strict=True))
 def test_parameters_and_names_are_torchvisions(name: str, expected: int) -> None:
     ours = on_meta(name, num_classes=1000, image_size=224)
     with torch.device("meta"):
@@ -77,7 +57,7 @@ def test_parameters_and_names_are_torchvisions(name: str, expected: int) -> None
     assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
 
 
-@pytest.mark.parametrize(("name", "expected"), CIFAR_PARAMETERS.items())
+@pytest.mark.parametrize(("name", "expected"), zip(CIFAR_RESNETS, CIFAR_COUNTS, strict=True))
 def test_parameters_of_the_cifar_networks(name: str, expected: int) -> None:
     model = on_meta(name, num_classes=10)
     assert count_parameters(model) == expected
@@ -90,18 +70,18 @@ def test_parameters_of_the_cifar_networks(name: str, expected: int) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
 def test_torchvisions_weights_load_and_give_its_logits(name: str) -> None:
     torch.manual_seed(0)
-    theirs = getattr(torchvision.models, name)(weights=None).eval()
-    random_batch_norm(theirs)
-    # Logits of order one, so that 1e-5 means something.
-    x = images(2, 64)
-    with torch.inference_mode():
-        scale = theirs(x).abs().max()
-        theirs.fc.weight /= scale
-        theirs.fc.bias /= scale
+    theirs, x = getattr(torchvision.models, name)(weights=None).eval(), images(2, 64)
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):  # each with a scale, shift and statistics of its own
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.uniform_(tensor, -0.2, 0.2)
     ours = build_model(name, num_classes=1000, stem="imagenet").eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     with torch.inference_mode():
-        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=0)
+        scale = theirs(x).abs().max()
+        torch.testing.assert_close(ours(x) / scale, theirs(x) / scale, atol=1e-5, rtol=0)
 
 
 def test_simple_cnn_is_three_convolutions_and_two_linear_layers() -> None:
@@ -110,10 +90,6 @@ def test_simple_cnn_is_three_convolutions_and_two_linear_layers() -> None:
     assert [type(layer) for layer in layers] == [nn.Conv2d] * 3 + [nn.Linear] * 2
     convolutions = (3 * 32 + 32 * 64 + 64 * 128) * 9 + 32 + 64 + 128
     assert count_parameters(model) == convolutions + 2048 * 256 + 256 + 256 * 10 + 10
-
-
-def test_count_leaves_out_frozen_parameters() -> None:
-    model = build_model("simple_cnn", num_classes=10)
     before = count_parameters(model)
     model.fc2.requires_grad_(False)
     assert count_parameters(model) == before - 2570
@@ -137,40 +113,22 @@ def test_a_silent_branch_leaves_relu_of_the_identity(
     assert not silent[False].any()
 
 
-def test_blocks_add_their_shortcut_before_the_last_relu() -> None:
-    torch.manual_seed(0)
-    x = images(3, 6, channels=4)
-    shortcut = ZeroChannels(4)
-    residual = BasicBlock(4, 8, 2, shortcut, True).eval()
-    plain = BasicBlock(4, 8, 2, None, False).eval()
-    plain.load_state_dict(residual.state_dict())
-    before_relu = {}
-    plain.bn2.register_forward_hook(lambda module, given, out: before_relu.update(out=out))
-    torch.testing.assert_close(plain(x), before_relu["out"].relu())
-    added = before_relu["out"] + shortcut(x[:, :, ::2, ::2])
-    torch.testing.assert_close(residual(x), added.relu())
-
-
 @pytest.mark.parametrize("size", [6, 7])
 def test_option_a_takes_every_second_pixel_and_fills_with_zeros(size: int) -> None:
     x = images(2, size, channels=3).abs()  # the block ends with a ReLU
     block = BasicBlock(3, 8, 2, ZeroChannels(5), True).eval()
     nn.init.zeros_(block.bn2.weight)  # leaves the shortcut alone
     out = block(x)
-    half = (size + 1) // 2
-    assert out.shape == (2, 8, half, half)
-    for row in range(half):
-        for column in range(half):
-            torch.testing.assert_close(out[:, :3, row, column], x[:, :, 2 * row, 2 * column])
-    assert not out[:, 3:].any()
+    assert torch.equal(out[:, :3], x[:, :, ::2, ::2]) and not out[:, 3:].any()
+    pixels = every_nth_pixel(x.contiguous(memory_format=torch.channels_last), 3)
+    assert torch.equal(pixels, x[:, :, ::3, ::3])
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", [*IMAGENET_RESNETS, *CIFAR_RESNETS])
+@pytest.mark.parametrize("name", MODELS)
 def test_no_convolution_of_one_pixel_has_a_stride(name: str) -> None:
-    with torch.device("meta"):
-        model = build_model(name, num_classes=10)
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    assert not [m for m in convolutions if m.kernel_size == (1, 1) and m.stride != (1, 1)]
+    for module in on_meta(name, num_classes=10).modules():
+        assert getattr(module, "kernel_size", 0) != (1, 1) or module.stride == (1, 1)
 
 
 def test_narrow_networks_train_on_any_number_of_images() -> None:
@@ -196,9 +154,8 @@ print("done")
 
 
 def additions(model: nn.Module) -> int:
-    graph = torch.fx.symbolic_trace(model).graph
-    adds = (operator.add, operator.iadd, torch.add, "add", "add_")
-    return sum(node.target in adds for node in graph.nodes)
+    nodes = make_fx(model.eval())(images(1, 16)).graph.nodes
+    return sum(node.target == torch.ops.aten.add.Tensor for node in nodes)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet20"])
@@ -218,38 +175,49 @@ def test_plain_networks_have_no_shortcuts(name: str) -> None:
 # --- Stem, width, dropout, channels ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("size", "stem"),
-    [(8, "cifar"), (32, "cifar"), (64, "cifar"), (65, "imagenet"), (224, "imagenet")],
-)
-def test_the_stem_follows_the_image_size(size: int, stem: str) -> None:
-    assert default_stem(size) == stem
+def test_the_stem_follows_the_image_size() -> None:
+    for size, stem in ((8, "cifar"), (64, "cifar"), (65, "imagenet"), (224, "imagenet")):
+        assert default_stem(size) == stem
+        for name in ("resnet18", "resnet20"):
+            assert on_meta(name, num_classes=10, image_size=size).stem == stem
+
+
+def test_the_imagenet_stem_needs_33_pixels() -> None:
+    fields = {"epochs": 1, "seed": 0, "stem": "imagenet"}
     for name in ("resnet18", "resnet20"):
-        assert on_meta(name, num_classes=10, image_size=size).stem == stem
+        model = build_model(name, num_classes=3, stem="imagenet", width=0.1)
+        assert model(images(2, 33)).shape == (2, 3)
+        Run("shapes", "0", name, RECIPES["fast"], image_size=33, **fields)
+        message = r"images have 32 pixels a side; the ImageNet stem needs at least 33. Set a larger"
+        with pytest.raises(ValueError, match=message):
+            model(images(2, 64)[..., :32])
+        with pytest.raises(ValueError, match=message):
+            Run("shapes", "0", name, RECIPES["fast"], image_size=32, **fields)
+    Run("shapes", "0", "simple_cnn", RECIPES["fast"], image_size=32, **fields)  # has no stem
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet20"])
 @pytest.mark.parametrize(
-    ("stem", "kernel", "sides"), [("cifar", 3, [64, 32, 16, 8]), ("imagenet", 7, [16, 8, 4, 2])]
+    ("stem", "other", "sides"), [("cifar", 224, [8, 4, 2]), ("imagenet", 32, [33, 9, 5, 3])]
 )
-def test_an_explicit_stem_wins_and_sets_the_resolution(
-    stem: str, kernel: int, sides: list[int]
+def test_an_explicit_stem_wins_and_no_stride_meets_a_single_pixel(
+    name: str, stem: str, other: int, sides: list[int]
 ) -> None:
-    opposite = 224 if stem == "cifar" else 32
-    model = build_model("resnet18", num_classes=10, image_size=opposite, stem=stem, width=0.125)
-    assert model.conv1.kernel_size == (kernel, kernel)
-    seen = []
-    for stage in model.stages:
-        getattr(model, stage).register_forward_hook(lambda m, x, out: seen.append(out.shape[-1]))
-    model(images(2, 64))
-    assert seen == sides
+    """There, oneDNN leaves a weight gradient unwritten where it computes in bfloat16."""
+    model, seen = build_model(name, num_classes=3, stem=stem, image_size=other, width=0.1), []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+            module.register_forward_hook(lambda m, given, out: seen.append(given[0].shape[-1]))
+    model(images(2, sides[0]))
+    assert seen == (sides[:-1] if name == "resnet20" else sides)
 
 
 @pytest.mark.parametrize(
     ("name", "width", "expected"),
     [
+        ("simple_cnn", 0.25, [8, 16, 32]),
         ("resnet18", 1.0, [64, 64, 128, 256, 512]),
         ("resnet18", 0.25, [16, 16, 32, 64, 128]),
-        ("resnet34", 2.0, [128, 128, 256, 512, 1024]),
         ("resnet50", 0.25, [16, 64, 128, 256, 512]),
         ("resnet20", 0.5, [8, 8, 16, 32]),
         ("resnet20", 0.01, [4, 4, 4, 4]),
@@ -257,57 +225,30 @@ def test_an_explicit_stem_wins_and_sets_the_resolution(
 )
 def test_width_multiplies_every_stage(name: str, width: float, expected: list[int]) -> None:
     model = on_meta(name, num_classes=7, width=width)
-    last = {"resnet50": "conv3"}.get(name, "conv2")
-    found = [model.conv1.out_channels]
-    found += [getattr(getattr(model, stage)[-1], last).out_channels for stage in model.stages]
-    assert found == expected
-    assert (model.fc.in_features, model.fc.out_features) == (expected[-1], 7)
+    last = "conv3" if name == "resnet50" else "conv2"
+    stages = [f"{stage}.0.{last}" for stage in getattr(model, "stages", ())] or ["conv2", "conv3"]
+    assert [model.get_submodule(n).out_channels for n in ("conv1", *stages)] == expected
+    if name != "simple_cnn":
+        assert (model.fc.in_features, model.fc.out_features) == (expected[-1], 7)
 
 
-def test_width_of_the_simple_cnn() -> None:
-    model = on_meta("simple_cnn", num_classes=10, width=0.25)
-    assert [model.conv1.out_channels, model.conv2.out_channels, model.conv3.out_channels] == [
-        8,
-        16,
-        32,
-    ]
-
-
-@pytest.mark.parametrize("name", ["simple_cnn", "resnet18", "resnet20"])
+@pytest.mark.parametrize("name", THREE)
 def test_dropout_acts_before_the_classifier_and_only_in_training(name: str) -> None:
     torch.manual_seed(0)
     model = build_model(name, num_classes=10, width=0.5, dropout=0.4)
     x = images(8, 16)
     given = []
-    classifier = model.fc2 if isinstance(model, SimpleCNN) else model.fc
-    classifier.register_forward_hook(lambda module, args, out: given.append(args[0].detach()))
-    model.dropout.register_forward_hook(lambda module, args, out: given.append(args[0].detach()))
-    model.train()
-    assert not torch.equal(model(x), model(x))
+    for module in (model.fc2 if isinstance(model, SimpleCNN) else model.fc, model.dropout):
+        module.register_forward_hook(lambda module, args, out: given.append(args[0].detach()))
+    assert not torch.equal(model.train()(x), model(x))
     before, after = given[:2]
-    alive = before > 0
-    dropped = (after == 0) & alive
-    assert abs(dropped.sum() / alive.sum() - 0.4) < 0.1
+    dropped = (after == 0) & (before > 0)
+    assert abs(dropped.sum() / (before > 0).sum() - 0.4) < 0.1
     torch.testing.assert_close(after[~dropped], before[~dropped] / 0.6)
-    model.eval()
-    assert torch.equal(model(x), model(x))
-    given.clear()
-    model(x)
-    assert torch.equal(given[0], given[1])
-
-
-def test_without_dropout_training_mode_is_deterministic() -> None:
-    model = build_model("resnet18", num_classes=10, width=0.125).train()
-    assert torch.equal(model(images()), model(images()))
-
-
-@pytest.mark.parametrize("name", ["simple_cnn", "resnet18", "resnet20"])
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("channels", [1, 3, 5])
-def test_any_number_of_channels(name: str, stem: str, channels: int) -> None:
-    model = build_model(name, num_classes=4, in_channels=channels, stem=stem, width=0.1)
-    assert model.conv1.in_channels == channels
-    assert model.eval()(images(2, 32, channels)).shape == (2, 4)
+    assert torch.equal(model.eval()(x), model(x))
+    assert torch.equal(given[-1], given[-2])
+    model = build_model(name, num_classes=10, width=0.125).train()
+    assert torch.equal(model(x), model(x)), "without dropout, training is deterministic"
 
 
 # --- All together ------------------------------------------------------------------------------
@@ -326,11 +267,11 @@ def test_every_network_gives_logits_and_trains_every_parameter(name: str, residu
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
 
 
-@pytest.mark.parametrize("name", ["simple_cnn", "resnet18", "resnet20"])
-@pytest.mark.parametrize("size", [8, 15, 33])
-def test_odd_and_small_images(name: str, size: int) -> None:
-    model = build_model(name, num_classes=3, width=0.1, image_size=size).eval()
-    assert model(images(2, size)).shape == (2, 3)
+@pytest.mark.parametrize("name", THREE)
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (15, 5), (33, 3), (65, 3)])
+def test_odd_sizes_and_any_number_of_channels(name: str, size: int, channels: int) -> None:
+    model = build_model(name, num_classes=4, in_channels=channels, width=0.1, image_size=size)
+    assert model.eval()(images(2, size, channels)).shape == (2, 4)
 
 
 def test_weights_come_from_the_seed_with_the_variance_of_he_et_al() -> None:
@@ -348,29 +289,12 @@ def test_weights_come_from_the_seed_with_the_variance_of_he_et_al() -> None:
 # --- Errors ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"name": "resnet19"}, ["'resnet19'", "resnet18", "simple_cnn", "resnet110"]),
-        ({"num_classes": 1}, ["num_classes is 1", "at least 2"]),
-        ({"in_channels": 0}, ["in_channels is 0", "positive"]),
-        ({"width": 0}, ["width is 0", "above 0"]),
-        ({"width": 17}, ["width is 17", "at most 16"]),
-        ({"width": float("nan")}, ["width is nan"]),
-        ({"dropout": 1.0}, ["dropout is 1.0", "0 to below 1"]),
-        ({"dropout": -0.1}, ["dropout is -0.1", "0 to below 1"]),
-        ({"stem": "vit"}, ["'vit'", "cifar", "imagenet"]),
-        ({"stem": "vit", "name": "resnet20"}, ["'vit'", "cifar", "imagenet"]),
-    ],
-)
-def test_a_bad_setting_is_named_with_what_was_expected(
-    options: dict[str, object], words: list[str]
-) -> None:
-    with pytest.raises(ValueError) as caught:
-        build_model(**({"name": "resnet18", "num_classes": 10} | options))
-    assert all(word in str(caught.value) for word in words)
-
-
-def test_resnet_refuses_an_unknown_stem() -> None:
-    with pytest.raises(ValueError, match="'auto'"):
-        ResNet(BasicBlock, (1,), (4,), num_classes=2, stem="auto")
+def test_a_bad_setting_is_named_with_what_was_expected() -> None:
+    for options, message in (
+        ({"name": "resnet19"}, "'resnet19' is unknown; .* simple_cnn, resnet18, .* resnet110"),
+        ({"width": 17}, "width is 17; expected a multiplier above 0 and at most 16"),
+        ({"width": float("nan")}, "width is nan"),
+        ({"stem": "vit"}, "stem is 'vit'; expected .cifar. or .imagenet."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_model(**({"name": "resnet18", "num_classes": 10} | options))

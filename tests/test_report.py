@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,16 @@ def copied_set(tmp_path: Path) -> Path:
     folder = tmp_path / "analysis" / PUBLISHED[0].name
     shutil.copytree(PUBLISHED[0], folder)
     return folder
+
+
+def results_of(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "results" / f"{name}.json").read_text())
+
+
+def change_data(folder: Path, name: str, **changes: str) -> None:
+    values = results_of(folder, name)
+    values["data"] |= changes
+    (folder / "results" / f"{name}.json").write_text(json.dumps(values))
 
 
 def test_report_is_that_of_the_committed_results() -> None:
@@ -54,11 +65,10 @@ def test_the_readme_s_python_runs(tmp_path: Path) -> None:
 
 
 def test_a_missing_number_is_an_error(copied_set: Path) -> None:
-    path = copied_set / "results" / "04_depth.json"
-    values = json.loads(path.read_text())
-    del values["networks"]["ResNet-34"]["costs"]["parameters"]
-    path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="parameters"):
+    values = results_of(copied_set, "04_depth")
+    del values["tables"]["accuracy"]
+    (copied_set / "results" / "04_depth.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="accuracy"):
         report_build.build(copied_set)
 
 
@@ -70,10 +80,9 @@ def test_a_missing_figure_is_an_error(copied_set: Path) -> None:
 
 def test_a_changed_number_changes_the_report(copied_set: Path) -> None:
     before = report_build.build(copied_set)
-    path = copied_set / "results" / "03_regularization.json"
-    values = json.loads(path.read_text())
+    values = results_of(copied_set, "03_regularization")
     values["epochs"] += 1
-    path.write_text(json.dumps(values))
+    (copied_set / "results" / "03_regularization.json").write_text(json.dumps(values))
     assert report_build.build(copied_set) != before
 
 
@@ -86,13 +95,18 @@ def test_a_changed_number_changes_the_report(copied_set: Path) -> None:
     ],
 )
 def test_results_of_two_datasets_are_not_mixed(copied_set: Path, name: str, changed: str) -> None:
-    path = copied_set / "results" / f"{name}.json"
-    values = json.loads(path.read_text())
-    expected = values["data"][changed]
-    values["data"][changed] = "changed"
-    path.write_text(json.dumps(values))
-    told = f"{re.escape(path.name)} is about .*changed.*{re.escape(expected)}"
+    expected = results_of(copied_set, name)["data"][changed]
+    change_data(copied_set, name, **{changed: "changed"})
+    told = f"{name}.json is about .*changed.*{re.escape(expected)}"
     with pytest.raises(ValueError, match=told):
+        report_build.build(copied_set)
+
+
+def test_a_second_dataset_is_no_mixture(copied_set: Path) -> None:
+    change_data(copied_set, "08_transfer", title="Digits", fingerprint="0", role="second")
+    report_build.build(copied_set)
+    change_data(copied_set, "08_transfer", role="study")
+    with pytest.raises(ValueError, match="08_transfer.json is about Digits"):
         report_build.build(copied_set)
 
 

@@ -2,499 +2,219 @@
 
 from __future__ import annotations
 
-import builtins
-import errno
+import contextlib
 import hashlib
-import importlib
 import io
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from helpers import training
-from helpers.config import ROOT
-from helpers.data import Augmentation, Dataset, load_dataset
-from helpers.models import build_model
-from helpers.runs import load_or_train, load_result
-from helpers.training import CheckpointError, Recipe, Trained, load_checkpoint, train
+from helpers import runs
+from helpers.config import Study
+from helpers.recipes import RECIPES
+from helpers.runs import Result, Run, load_or_train
+from helpers.training import EpochRecord
 
-sys.path.insert(0, str(ROOT))  # the benchmarks aren't installed
-soak = importlib.import_module("benchmarks.soak")
-
-EPOCHS, STEPS = 4, 5
-NEVER = 1e9  # seconds between checkpoints
-RECIPES = {
-    "sgd": Recipe(
-        "sgd",
-        "sgd",
-        0.05,
-        "triangular",
-        batch_size=16,
-        epochs=EPOCHS,
-        nesterov=True,
-        weight_decay=5e-4,
-        augmentation=Augmentation(crop_padding=4, cutout=8),
-    )
+FAST, ADAM = (replace(RECIPES[name], batch_size=16) for name in ("fast", "adam"))
+CASES = {
+    "momentum": {"recipe": FAST, "epochs": 30},
+    "batch norms": {"recipe": ADAM, "model": "resnet20", "epochs": 12},
+    "early stopping": {"recipe": ADAM, "epochs": 50, "patience": 16},
 }
-RECIPES["adam"] = replace(
-    RECIPES["sgd"], name="adam", optimizer="adam", learning_rate=1e-3, nesterov=False
-)
+RESULT_FILES = {"run.json", "history.csv", "predictions.npz", "model.safetensors", "result.json"}
 
 
-@pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    sizes = {"train_size": 80, "validation_size": 40, "test_size": 40}
-    return load_dataset("shapes", image_size=16, **sizes)
+# These processes start in milliseconds: a server has imported what takes seconds.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["helpers.runs", "torch._dynamo"])
+every_case = pytest.mark.parametrize("attempt", CASES.values(), ids=CASES, indirect=True)
 
 
-Attempt = Callable[..., tuple[dict[str, Tensor], Trained]]
+class Cut(Exception):
+    pass
 
 
-@pytest.fixture
-def attempt(dataset: Dataset) -> Attempt:
-    """Train a fresh network, or go on with what is in the folder; return weights and history."""
+@dataclass(frozen=True)
+class Attempt:
+    """A run that is to be cut off, in a study of its own."""
 
-    def go(
-        folder: Path | None, recipe: str = "sgd", model: str = "simple_cnn", **options: Any
-    ) -> tuple[dict[str, Tensor], Trained]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network: nn.Module = build_model(
-                model, num_classes=10, image_size=16, width=0.25, dropout=0.3
-            )
-        options = {"epochs": EPOCHS, "seed": 1, "patience": 3, "identity": "a run"} | options
-        trained = train(network, dataset, RECIPES[recipe], folder=folder, **options)
-        return network.state_dict(), trained
+    run: Run
+    study: Study
+    differing: Callable[[Result, Result], list[str]]
 
-    return go
+    @property
+    def folder(self) -> Path:
+        return self.study.runs_dir / self.run.key
 
+    def go(self, cut_after: int = 10**6, seconds: float = 0.0) -> Result:
+        """Train or go on, as far as the end of the first epoch from `cut_after` on."""
 
-def assert_identical(
-    one: tuple[dict[str, Tensor], Trained], other: tuple[dict[str, Tensor], Trained]
-) -> None:
-    for name, value in one[0].items():
-        assert torch.equal(value, other[0][name]), name
-    first, second = (
-        [replace(record, seconds=0.0) for record in trained.history] for _, trained in (one, other)
-    )
-    assert first == second
-    assert one[1].best_epoch == other[1].best_epoch
-    assert one[1].stopped_early == other[1].stopped_early
+        def on_epoch(record: EpochRecord) -> None:
+            if record.epoch >= cut_after:
+                raise Cut
 
+        return load_or_train(self.run, self.study, on_epoch=on_epoch, checkpoint_seconds=seconds)
 
-def before_step(
-    monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None], every: bool = False
-) -> None:
-    """Do something in the middle of a step of the run (or of each from there on)."""
-    step = training._Loop._train_step
+    def elsewhere(self) -> Attempt:
+        return replace(self, study=replace(self.study, runs_dir=self.study.runs_dir / "elsewhere"))
 
-    def acting(self: Any, *rest: Any) -> None:
-        now = self.epoch * STEPS + self.step
-        step(self, *rest)
-        if now == number or (every and now > number):
-            action()
-
-    monkeypatch.setattr(training._Loop, "_train_step", acting)
-
-
-def crash() -> None:
-    raise RuntimeError("power cut")
-
-
-def raising(number: signal.Signals) -> Callable[[], None]:
-    return lambda: signal.raise_signal(number)
-
-
-# --- Interrupts at prescribed places -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("model", ["simple_cnn", "resnet20"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_interrupted_after_every_single_step(
-    monkeypatch: pytest.MonkeyPatch, attempt: Attempt, tmp_path: Path, recipe: str, model: str
-) -> None:
-    straight = attempt(None, recipe, model)
-    with monkeypatch.context() as patch:
-        before_step(patch, 0, raising(signal.SIGINT), every=True)
-        resumed, interrupts = None, 0
-        for _ in range(STEPS * EPOCHS + 1):
-            try:
-                resumed = attempt(tmp_path, recipe, model, checkpoint_seconds=NEVER)
-                break
-            except KeyboardInterrupt:
-                interrupts += 1
-    assert resumed is not None, "it goes on for ever"
-    assert interrupts == STEPS * len(straight[1].history)
-    assert_identical(straight, resumed)
-
-
-@pytest.mark.parametrize("step", [0, 7, 9])  # the first, one in mid-epoch, an epoch's last
-@pytest.mark.parametrize(
-    ("number", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
-)
-def test_a_signal_leaves_a_checkpoint_after_the_step(
-    monkeypatch: pytest.MonkeyPatch,
-    attempt: Attempt,
-    tmp_path: Path,
-    step: int,
-    number: signal.Signals,
-    ending: type[BaseException],
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(ending) as caught:
-        before_step(patch, step, raising(number))
-        attempt(tmp_path, checkpoint_seconds=NEVER)
-    if ending is SystemExit:
-        assert caught.value.code == 128 + signal.SIGTERM
-    state = load_checkpoint(tmp_path / "resume.pt", "a run")
-    assert state["epoch"] * STEPS + state["step"] == step + 1
-    assert_identical(attempt(None), attempt(tmp_path))
-
-
-def test_a_signal_during_validation_keeps_the_epoch(
-    monkeypatch: pytest.MonkeyPatch, attempt: Attempt, tmp_path: Path
-) -> None:
-    predict = training.predict
-
-    def interrupted(*rest: Any, **options: Any) -> Tensor:
-        signal.raise_signal(signal.SIGINT)
-        return predict(*rest, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "predict", interrupted)
-        attempt(tmp_path, checkpoint_seconds=NEVER)
-    state = load_checkpoint(tmp_path / "resume.pt", "a run")
-    assert (state["epoch"], state["step"], len(state["history"])) == (1, 0, 1)
-    assert_identical(attempt(None), attempt(tmp_path))
-
-
-@pytest.mark.parametrize("model", ["simple_cnn", "resnet20"])
-def test_cut_off_without_warning(
-    monkeypatch: pytest.MonkeyPatch, attempt: Attempt, tmp_path: Path, model: str
-) -> None:
-    """Crashes leave only the checkpoints of the interval: steps are repeated, not lost."""
-    for step in (3, 5, 5, 12, 19):
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-            before_step(patch, step, crash)
-            attempt(tmp_path, model=model, checkpoint_seconds=0.0)
-        state = load_checkpoint(tmp_path / "resume.pt", "a run")
-        assert state["epoch"] * STEPS + state["step"] == step
-    assert_identical(attempt(None, model=model), attempt(tmp_path, model=model))
-
-
-def test_a_checkpoint_is_written_at_the_end_of_an_epoch(
-    monkeypatch: pytest.MonkeyPatch, attempt: Attempt, tmp_path: Path
-) -> None:
-    """With an interval of which the epoch is more than a tenth, but not the whole."""
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        clock = iter(range(10_000))  # each look at the clock is a second later
-        patch.setattr(training.time, "monotonic", lambda: float(next(clock)))
-        before_step(patch, 2 * STEPS, crash)
-        attempt(tmp_path, checkpoint_seconds=50.0)
-    state = load_checkpoint(tmp_path / "resume.pt", "a run")
-    assert (state["epoch"], state["step"]) == (2, 0)
-    assert_identical(attempt(None), attempt(tmp_path))
-
-
-def test_early_stopping_goes_on_where_it_was(
-    monkeypatch: pytest.MonkeyPatch, attempt: Attempt, tmp_path: Path
-) -> None:
-    """The best epoch lies before the interrupt, the stop after it."""
-    epoch = 0
-    finish = training._Loop._finish_epoch
-
-    def remember(self: Any) -> None:
-        nonlocal epoch
-        epoch = self.epoch
-        finish(self)
-
-    def predict(model: nn.Module, split: Any, *rest: Any, **options: Any) -> Tensor:
-        confidence = [1.0, 3.0, 2.0, 2.5, 2.9, 9.0][epoch]
-        return confidence * nn.functional.one_hot(split.labels, 10).float()
-
-    monkeypatch.setattr(training._Loop, "_finish_epoch", remember)
-    monkeypatch.setattr(training, "predict", predict)
-    straight = attempt(None, epochs=6)
-    assert (straight[1].best_epoch, len(straight[1].history)) == (2, 5)
-    for step in (3 * STEPS + 1, 5 * STEPS - 1):  # the second on the last step before it stops
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            before_step(patch, step, raising(signal.SIGINT))
-            attempt(tmp_path, epochs=6, checkpoint_seconds=NEVER)
-    assert_identical(straight, attempt(tmp_path, epochs=6))
-    # Interrupted in its last validation, a run has nothing left to train.
-    assert straight[1].stopped_early
-
-
-def test_a_finished_training_resumes_to_itself(attempt: Attempt, tmp_path: Path) -> None:
-    first = attempt(tmp_path, checkpoint_seconds=0.0)
-    assert load_checkpoint(tmp_path / "resume.pt", "a run")["epoch"] == len(first[1].history)
-    assert_identical(first, attempt(tmp_path))
-
-
-def test_seconds_add_up_over_the_interruptions(
-    monkeypatch: pytest.MonkeyPatch, attempt: Attempt, tmp_path: Path
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        before_step(patch, 8, raising(signal.SIGINT))
-        attempt(tmp_path)
-    before = load_checkpoint(tmp_path / "resume.pt", "a run")["seconds"]
-    trained = attempt(tmp_path)[1]
-    assert 0 < before < trained.seconds
-    assert sum(record.seconds for record in trained.history) == pytest.approx(trained.seconds)
-
-
-# --- Real signals to real processes ------------------------------------------------------------
-
-SCRIPT = """
-import sys, time
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from benchmarks import soak
-from helpers import training
-step = training._Loop._train_step
-def slow(self, *rest):
-    step(self, *rest)
-    if self.epoch == 1 and self.step == 1:
-        print("in mid-epoch", flush=True)
-    time.sleep(0.02 if self.epoch else 0)
-training._Loop._train_step = slow
-study = soak.make_study(Path({folder!r}))
-run = soak.make_run(Path({images!r}), study, "onecycle", "simple_cnn", epochs=3)
-soak.load_or_train(run, study, checkpoint_seconds=1e9)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_a_process(tmp_path: Path, number: signal.Signals) -> None:
-    images = soak.draw_folder(tmp_path / "images")
-    folder = tmp_path / "stopped"
-    script = SCRIPT.format(root=str(ROOT), folder=str(folder), images=str(images))
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "in mid-epoch\n", process.communicate()[1]
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    expected = -signal.SIGINT if number == signal.SIGINT else 128 + signal.SIGTERM
-    assert process.returncode == expected, errors
-    study, other = soak.make_study(folder), soak.make_study(tmp_path / "straight")
-    run = soak.make_run(images, study, "onecycle", "simple_cnn", epochs=3)
-    here = study.runs_dir / run.key
-    state = load_checkpoint(here / "resume.pt", run.key)
-    assert state["epoch"] == 1 and 1 < state["step"] <= STEPS
-    assert not (here / "result.json").exists()
-    load_or_train(run, other)
-    load_or_train(run, study)
-    assert soak.differences(run, other.runs_dir / run.key, here) == []
-
-
-@pytest.mark.parametrize(("recipe", "model"), [("onecycle", "simple_cnn"), ("adam", "resnet20")])
-def test_killed_ten_times_at_random_moments(tmp_path: Path, recipe: str, model: str) -> None:
-    images = soak.draw_folder(tmp_path / "images")
-    epochs = 20 if model == "simple_cnn" else 12
-    run = soak.make_run(images, soak.make_study(tmp_path), recipe, model, epochs=epochs)
-    done = soak.kill_and_compare(run, tmp_path, kills=10, generator=np.random.default_rng(0))
-    assert done.differences == ()
-    assert done.kills == 10
-    assert list(done.steps) == sorted(done.steps)  # no checkpoint goes back
-    assert len(set(done.steps)) >= 3  # the kills hit the run at different steps
-
-
-# --- Checkpoints that can't be used ------------------------------------------------------------
+    def assert_undisturbed(self, result: Result) -> None:
+        """Compare with the run in one go, and look for what is left over."""
+        straight = self.elsewhere().go()
+        assert straight.stopped_early == (self.run.patience is not None)
+        assert self.differing(straight, result) == []
+        assert {path.name for path in self.folder.iterdir()} - {"lock"} == RESULT_FILES
 
 
 @pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch, attempt: Attempt, tmp_path: Path) -> Path:
-    """A checkpoint in mid-epoch."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        before_step(patch, 7, raising(signal.SIGINT))
-        attempt(tmp_path)
-    return tmp_path / "resume.pt"
+def attempt(
+    request: pytest.FixtureRequest,
+    small_run: Callable[..., Run],
+    small_study: Study,
+    differing: Callable[[Result, Result], list[str]],
+) -> Attempt:
+    settings = getattr(request, "param", CASES["momentum"] | {"epochs": 5})
+    return Attempt(small_run(**settings), small_study, differing)
 
 
-def assert_refused(attempt: Attempt, path: Path, reason: str, **options: Any) -> None:
-    content = path.read_bytes()
-    with pytest.raises(CheckpointError, match=reason) as caught:
-        attempt(path.parent, **options)
-    assert f"{path} " in str(caught.value)
-    assert f"Delete {path} to train this run from the start." in str(caught.value)
-    assert path.read_bytes() == content  # an error destroys nothing
+@every_case
+def test_cut_off_after_epochs_1_2_4_7_and_so_on(attempt: Attempt) -> None:
+    resumed, cuts = None, 0
+    while resumed is None:
+        with contextlib.suppress(Cut):
+            resumed = attempt.go(cut_after=1 + cuts * (cuts + 1) // 2)
+        cuts += 1
+    attempt.assert_undisturbed(resumed)
+    assert cuts >= 4
 
 
-@pytest.mark.parametrize(
-    ("length", "reason"),
-    [
-        (0, "no checkpoint"),
-        (10, "no checkpoint"),
-        (40, "is damaged"),
-        (-1, "is damaged"),
-        (-5000, "is damaged"),
-    ],
-)
-def test_a_truncated_checkpoint(
-    attempt: Attempt, interrupted: Path, length: int, reason: str
-) -> None:
-    interrupted.write_bytes(interrupted.read_bytes()[:length])
-    assert_refused(attempt, interrupted, reason)
+def test_a_checkpoint_is_written_after_an_epoch_once_its_time_has_come(attempt: Attempt) -> None:
+    for seconds in (1e9, 0.0):
+        with pytest.raises(Cut):
+            attempt.go(cut_after=3, seconds=seconds)
+        assert (attempt.folder / "resume.pt").exists() == (seconds == 0)
+    history = (attempt.folder / "history.csv").read_text()
+    resumed = attempt.go()
+    # Even the seconds are the same: these epochs weren't trained again.
+    assert (attempt.folder / "history.csv").read_text().startswith(history)
+    attempt.assert_undisturbed(resumed)
 
 
-@pytest.mark.parametrize("share", [0.002, 0.1, 0.5, 0.9, 0.9999])
-def test_a_checkpoint_with_a_flipped_bit(attempt: Attempt, interrupted: Path, share: float) -> None:
-    content = bytearray(interrupted.read_bytes())
-    place = max(len(training.CHECKPOINT_FORMAT), int(share * len(content)))
-    content[place] ^= 4
-    interrupted.write_bytes(content)
-    assert_refused(attempt, interrupted, "is damaged: its checksum")
+def work(run: Run, study: Study, pipe: Any = None) -> None:
+    """Train a run; with a pipe, tell of each epoch and wait for an answer."""
+    wait = pipe and (lambda record: (pipe.send(record.epoch), pipe.recv()))
+    load_or_train(run, study, on_epoch=wait, checkpoint_seconds=0.0)
 
 
-def test_a_checkpoint_of_another_run(attempt: Attempt, interrupted: Path) -> None:
-    reason = "belongs to the run a run, expected another run"
-    assert_refused(attempt, interrupted, reason, identity="another run")
+@every_case
+def test_killed_at_random_moments(attempt: Attempt) -> None:
+    """SIGKILL hits reading the data, a step, a validation, or the writing of a file."""
+
+    def killed(attempt: Attempt, seconds: float | None) -> bool:
+        process = processes.Process(target=work, args=(attempt.run, attempt.study))
+        process.start()
+        process.join(seconds)
+        was_killed = process.exitcode is None
+        process.kill()
+        process.join()
+        assert was_killed or process.exitcode == 0
+        return was_killed
+
+    killed(attempt.elsewhere(), 0)  # starts the server, untimed
+    begun = time.perf_counter()
+    killed(attempt.elsewhere(), None)
+    duration = time.perf_counter() - begun
+    generator, kills, resumable = np.random.default_rng(), 0, 0
+    while kills < 6 and killed(attempt, generator.uniform(0, duration / 2)):
+        kills += 1
+        resumable += (attempt.folder / "resume.pt").exists()
+    assert kills >= 2 and resumable >= 1
+    attempt.assert_undisturbed(attempt.go())
 
 
-def test_a_checkpoint_of_an_older_format(attempt: Attempt, interrupted: Path) -> None:
-    content = interrupted.read_bytes().replace(b"checkpoint 2\n", b"checkpoint 1\n", 1)
-    interrupted.write_bytes(content)
-    assert_refused(attempt, interrupted, "begins with b'resnet-study checkpoint 1'")
-
-
-def test_deleting_a_bad_checkpoint_is_the_remedy(attempt: Attempt, interrupted: Path) -> None:
-    interrupted.write_bytes(b"")
-    interrupted.unlink()
-    assert_identical(attempt(None), attempt(interrupted.parent))
-
-
-class _Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.path),)
-
-
-def test_nothing_in_a_checkpoint_is_executed(attempt: Attempt, tmp_path: Path) -> None:
-    """Not even with a checksum that fits."""
-    trap, buffer = tmp_path / "executed", io.BytesIO()
-    torch.save({"identity": "a run", "model": _Malicious(trap)}, buffer)
-    payload = buffer.getvalue()
-    digest = hashlib.sha256(payload).digest()
-    (tmp_path / "resume.pt").write_bytes(training.CHECKPOINT_FORMAT + digest + payload)
-    with pytest.raises(CheckpointError, match="isn't a checkpoint"):
-        attempt(tmp_path)
-    assert not trap.exists()
-
-
-# --- Full disks and folders that can't be written ----------------------------------------------
-
-
-def full_disk(patch: pytest.MonkeyPatch, name: str, operation: str) -> None:
-    """Let `operation` ("open", "write" or "replace") fail for files of this name."""
-
-    def open_(path: Path, mode: str) -> Any:
-        if operation == "replace" or f".{name}." not in path.name:
-            return builtins.open(path, mode)
-        if operation == "open":
-            raise no_space()
-        path.write_bytes(b"as far as it fits")
-        return _FullFile()
-
-    class Os:
-        def __getattr__(self, attribute: str) -> Any:
-            return getattr(os, attribute)
-
-        def replace(self, source: Path, target: Path) -> None:
-            if operation == "replace" and target.name == name:
-                raise no_space()
-            os.replace(source, target)
-
-    patch.setattr(training, "open", open_, raising=False)
-    patch.setattr(training, "os", Os())
-
-
-def no_space() -> OSError:
-    return OSError(errno.ENOSPC, "No space left on device")
-
-
-class _FullFile:
-    def __enter__(self) -> _FullFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self, content: bytes) -> None:
-        raise no_space()
-
-
-@pytest.mark.parametrize("operation", ["open", "write", "replace"])
-@pytest.mark.parametrize("name", ["resume.pt", "history.csv"])
-def test_a_full_disk_while_training(
-    monkeypatch: pytest.MonkeyPatch, attempt: Attempt, interrupted: Path, name: str, operation: str
-) -> None:
-    content = interrupted.read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Free disk space") as caught:
-        full_disk(patch, name, operation)
-        attempt(interrupted.parent, checkpoint_seconds=0.0 if name == "resume.pt" else NEVER)
-    assert caught.value.errno == errno.ENOSPC
-    assert f"{interrupted.parent / name} can't be written" in str(caught.value)
-    assert interrupted.read_bytes() == content  # the earlier checkpoint is whole
-    assert list(interrupted.parent.glob(".*")) == []  # and no rest takes up space
-    assert_identical(attempt(None), attempt(interrupted.parent))
+def test_ctrl_c_leaves_the_checkpoint_of_the_last_epoch(attempt: Attempt) -> None:
+    here, there = processes.Pipe()
+    process = processes.Process(target=work, args=(attempt.run, attempt.study, there))
+    process.start()
+    there.close()  # so that a process that dies ends the waiting
+    here.send("go on after the first")
+    assert (here.recv(), here.recv()) == (1, 2)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 1  # a KeyboardInterrupt that nobody caught
+    history = (attempt.folder / "history.csv").read_text()
+    with pytest.raises(Cut):
+        attempt.go(cut_after=1)
+    *before, third = (attempt.folder / "history.csv").read_text().splitlines()
+    assert before == history.splitlines() and third.startswith("3,")
 
 
 @pytest.mark.parametrize("name", ["predictions.npz", "model.safetensors", "result.json"])
-def test_a_full_disk_while_the_result_is_written(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left")])
+def test_a_result_that_was_cut_off_is_finished_without_training(
+    monkeypatch: pytest.MonkeyPatch, attempt: Attempt, name: str, error: BaseException
 ) -> None:
-    images = soak.draw_folder(tmp_path / "images")
-    study, other = soak.make_study(tmp_path / "full"), soak.make_study(tmp_path / "roomy")
-    run = replace(soak.make_run(images, study, "adam", "simple_cnn"), epochs=2)
-    finished = replace(run, seed=5)
-    load_or_train(finished, study)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Free disk space") as caught:
-        full_disk(patch, name, "write")
-        load_or_train(run, study, checkpoint_seconds=0.0)
-    here = study.runs_dir / run.key
-    assert str(here / name) in str(caught.value)
-    assert not (here / "result.json").exists() and (here / "resume.pt").exists()
-    assert load_result(finished, study.runs_dir / finished.key).run == finished
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Loop, "_train_step", lambda *_: crash())  # nothing is left to train
-        load_or_train(run, study)
-    load_or_train(run, other)
-    assert soak.differences(run, other.runs_dir / run.key, here) == []
+    write = runs.write_atomically
+
+    def failing(path: Path, content: bytes) -> None:
+        if path.name == name:
+            raise error
+        write(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(runs, "write_atomically", failing)
+        attempt.go()
+    assert (attempt.folder / "resume.pt").exists()
+    assert not (attempt.folder / "result.json").exists()
+    attempt.assert_undisturbed(attempt.go(cut_after=0))  # no epoch is trained again
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    images = soak.draw_folder(tmp_path / "images")
-    study = soak.make_study(tmp_path)
-    run = soak.make_run(images, study, "adam", "simple_cnn")
-    study.runs_dir.write_text("a file where the folder should be")
-    with pytest.raises(OSError, match="set RUNS_DIR to another folder") as caught:
-        load_or_train(run, study)
-    assert str(study.runs_dir / run.key) in str(caught.value)
+class Malicious:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("executed",)
 
 
-def test_a_read_only_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    images = soak.draw_folder(tmp_path / "images")
-    study = soak.make_study(tmp_path)
-    run = replace(soak.make_run(images, study, "adam", "simple_cnn"), epochs=1)
-    stored = load_or_train(run, study)
+def stored(content: object) -> bytes:
+    """A checkpoint whose checksum fits."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    monkeypatch.setattr(training, "open", refuse, raising=False)
-    assert load_or_train(run, study).metrics == stored.metrics  # reading needs no permission
-    with pytest.raises(PermissionError, match="Make it writable, or set RUNS_DIR"):
-        load_or_train(replace(run, seed=9), study)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: bytes([content[0] ^ 4]) + content[1:],
+        lambda content: content[:-999] + bytes([content[-999] ^ 4]) + content[-998:],
+        lambda content: stored({"model": Malicious()}),
+        lambda content: stored({"model": {}, "optimizer": {}}),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_refused_and_left(
+    monkeypatch: pytest.MonkeyPatch, attempt: Attempt, damage: Callable[[bytes], bytes]
+) -> None:
+    with pytest.raises(Cut):
+        attempt.go(cut_after=3)
+    path = attempt.folder / "resume.pt"
+    content = damage(path.read_bytes())
+    path.write_bytes(content)
+    monkeypatch.chdir(attempt.folder)
+    with pytest.raises(ValueError) as caught:
+        attempt.go()
+    assert str(caught.value).startswith(f"{path} can't be used (")
+    assert str(caught.value).endswith("Delete it to train this run from the start.")
+    assert path.read_bytes() == content  # an error destroys nothing
+    assert not Path("executed").exists()  # and nothing in a checkpoint is executed
+    path.unlink()
+    attempt.assert_undisturbed(attempt.go())

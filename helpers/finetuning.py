@@ -1,0 +1,132 @@
+"""Networks that start from trained ones: transferred to other classes, or pruned.
+
+`transfer` takes over the weights of a trained network but for its last layer. Pruning takes away
+what counts least: `prune_weights` sets single weights to zero, `prune_channels` removes whole
+channels, so that the network really shrinks. `stored_bytes` says what a file of it takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+import torch_pruning
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torchvision.models import get_model_weights
+
+# The name torchvision gives its first set of ImageNet weights. They exist at full width only.
+IMAGENET = "IMAGENET1K_V1"
+
+# --- Transfer ----------------------------------------------------------------------------------
+
+
+def imagenet_weights(model: str, folder: Path) -> dict[str, Tensor]:
+    """Return torchvision's ImageNet weights of a ResNet: from `folder`, or downloaded into it.
+
+    Raises FileNotFoundError, naming the file, if it's neither there nor can be fetched.
+    """
+    weights = get_model_weights(model)[IMAGENET]
+    options = {"model_dir": str(folder), "progress": False}
+    try:  # torch announces a download, on stdout or stderr according to its version
+        with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
+            return weights.get_state_dict(check_hash=True, weights_only=True, **options)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{weights.url.rsplit('/', 1)[-1]}, ImageNet weights of {model}, isn't in {folder} and "
+            f"downloading it failed ({error}). Without a network, put torchvision's file there."
+        ) from error
+
+
+def last_layer(model: nn.Module) -> str:
+    """Return the name of the linear layer that gives the logits."""
+    return [name for name, part in model.named_modules() if isinstance(part, nn.Linear)][-1]
+
+
+def transfer(model: nn.Module, weights: dict[str, Tensor], frozen: bool) -> None:
+    """Copy all weights but the last layer's into a network; freeze them if wanted.
+
+    The last layer keeps its random weights.
+    """
+    last = f"{last_layer(model)}."
+    kept = {name: weight for name, weight in model.state_dict().items() if name.startswith(last)}
+    model.load_state_dict(weights | kept)
+    if frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(last))
+
+
+# --- Pruning -----------------------------------------------------------------------------------
+
+
+def prune_weights(model: nn.Module, sparsity: float) -> None:
+    """Mask the smallest weights, that share of all convolutions' and linear layers' together.
+
+    Han et al. (NIPS 2015). The masks stay in place while the network trains; `make_permanent`
+    writes the zeros into the weights.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    prune.global_unstructured(
+        [(layer, "weight") for layer in layers], prune.L1Unstructured, amount=sparsity
+    )
+    for layer in layers:  # recomputed before each forward pass; a copy of the graph can't be made
+        layer.weight = layer.weight.detach()
+
+
+def make_permanent(model: nn.Module) -> None:
+    """Replace masked weights by plain ones that are zero where the mask is."""
+    for module in model.modules():
+        if hasattr(module, "weight_mask"):
+            prune.remove(module, "weight")
+
+
+def prune_channels(model: nn.Module, sparsity: float, image_size: int) -> None:
+    """Remove that share of the channels of every layer, those of the smallest filters.
+
+    Li et al. (ICLR 2017). Channels that a shortcut adds together are removed together (DepGraph;
+    Fang et al., CVPR 2023, with their package torch-pruning). The classes stay. `image_size` is
+    in pixels.
+    """
+    torch_pruning.pruner.MagnitudePruner(
+        model,
+        torch.zeros(1, 3, image_size, image_size),
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=1),
+        pruning_ratio=sparsity,
+        ignored_layers=[model.get_submodule(last_layer(model))],
+    ).step()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def load_shrunk(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """Return the network with its layers cut to the shapes of `weights`, which are loaded.
+
+    For weights of a network whose channels were pruned. Others fit as they are.
+    """
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        weight = weights.get(f"{name}.weight")
+        if weight is None or weight.shape == module.weight.shape:
+            continue
+        if isinstance(module, nn.Conv2d):
+            module.out_channels, module.in_channels = weight.shape[:2]
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        else:
+            module.num_features = len(weight)
+        for key, value in module.state_dict(keep_vars=True).items():
+            value.data = torch.empty_like(weights[f"{name}.{key}"])
+    model.load_state_dict(weights)
+    return model
+
+
+def stored_bytes(model: nn.Module) -> tuple[int, int]:
+    """Return the bytes of a network's safetensors file, plain and compressed by gzip."""
+    tensors = {n: value.detach().cpu().contiguous() for n, value in model.state_dict().items()}
+    content = save_safetensors(tensors)
+    return len(content), len(gzip.compress(content, compresslevel=6, mtime=0))

@@ -1,0 +1,249 @@
+"""Batches: augmented, normalised images from a split that lies in memory as one uint8 tensor.
+
+All random choices of an epoch are drawn at once from (seed, epoch), so that an epoch repeats
+exactly. Shuffling and cropping a batch are one indexing operation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torchvision.transforms.v2 import TrivialAugmentWide
+
+from helpers.config import settings
+from helpers.data import Split
+
+# --- Augmentation ------------------------------------------------------------------------------
+
+
+@settings
+class Augmentation:
+    """What happens to a training image: it is mirrored, shifted, partly blanked out, recoloured.
+
+    `crop_padding` and `cutout` are pixels at an image size of 32 and scale with it. A shift is a
+    random crop after reflect-padding by `crop_padding`; cutout (DeVries and Taylor, 2017) sets a
+    square of side `cutout` to the mean colour. `colour_jitter` is the largest relative change of
+    brightness, contrast and saturation. `trivial_augment` applies one random operation of random
+    strength (Müller and Hutter, ICCV 2021, wide space). `mixup` is the parameter alpha of the Beta
+    distribution from which the share of a second image, and of its label, is drawn (Zhang et al.,
+    ICLR 2018); labels are then class probabilities.
+
+    Raises ValueError for a setting outside what is allowed.
+    """
+
+    flip: bool = True
+    crop_padding: Annotated[int, Field(ge=0, le=16)] = 4
+    cutout: Annotated[int, Field(ge=0, le=32)] = 0
+    colour_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    trivial_augment: bool = False
+    mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
+
+
+NO_AUGMENTATION = Augmentation(flip=False, crop_padding=0)
+
+
+class EpochChoices(NamedTuple):
+    """Every random choice of one epoch of N images."""
+
+    order: Tensor  # N
+    flips: Tensor  # N, bool
+    shifts: Tensor  # N x 2
+    holes: Tensor  # N x 2, centres of cut-outs
+    colours: Tensor  # N x 3, changes in -1 to 1
+    seeds: Tensor  # N, of the operations of TrivialAugment
+    shares: Tensor  # of the image in a mixture, one a batch
+
+
+def epoch_choices(
+    count: int, augmentation: Augmentation, image_size: int, flippable: bool, seed: int, epoch: int
+) -> EpochChoices:
+    """Draw an epoch's choices from one CPU generator that (seed, epoch) alone decide.
+
+    Flips alternate: an image mirrored in one epoch isn't in the next (Jordan, "94% on CIFAR-10 in
+    3.29 Seconds", 2024).
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(count, generator=generator)
+    padding = round(augmentation.crop_padding * image_size / 32)
+    shifts = torch.randint(0, 2 * padding + 1, (count, 2), generator=generator)
+    holes = torch.randint(0, image_size, (count, 2), generator=generator)
+    first = torch.Generator().manual_seed((seed * 1_000_003 + 999_983) % 2**63)
+    flips = (torch.randint(0, 2, (count,), generator=first) + epoch) % 2 == 1
+    flips &= augmentation.flip and flippable
+    colours = 2 * torch.rand((count, 3), generator=generator) - 1
+    seeds = torch.randint(0, 2**62, (count,), generator=generator)
+    shares = torch.ones(count)
+    if augmentation.mixup:  # torch's Beta distribution takes no generator of one's own
+        drawn = np.random.default_rng([seed, epoch]).beta(*[augmentation.mixup] * 2, count)
+        shares = torch.from_numpy(drawn.astype(np.float32))
+    return EpochChoices(order, flips, shifts, holes, colours, seeds, shares)
+
+
+def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
+    """Set a square of `side` pixels around each centre (N x 2: row, column) to 0, the mean."""
+    rows = torch.arange(images.shape[-2], device=images.device)
+    columns = torch.arange(images.shape[-1], device=images.device)
+    first = centres - side // 2
+    in_rows = (rows >= first[:, :1]) & (rows < first[:, :1] + side)
+    in_columns = (columns >= first[:, 1:]) & (columns < first[:, 1:] + side)
+    hole = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    # masked_fill would return another memory format; the copy keeps channels last.
+    return images.clone().masked_fill_(hole, 0.0)
+
+
+def jitter(images: Tensor, changes: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation of N x 3 x H x W uint8 images.
+
+    `changes` is N x 3: relative changes above -1; 0 leaves the image as it is. Contrast spreads the
+    values around the image's mean luma, saturation around each pixel's (ITU-R BT.601 weights).
+    """
+    brightness, contrast, saturation = (1 + changes).view(-1, 3, 1, 1, 1).unbind(1)
+
+    def luma(image: Tensor) -> Tensor:
+        return (image * image.new_tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)).sum(1, True)
+
+    image = (images.float() * brightness).clamp(0, 255)
+    mean = luma(image).mean((2, 3), keepdim=True)
+    image = (mean + contrast * (image - mean)).clamp(0, 255)
+    gray = luma(image)
+    return (gray + saturation * (image - gray)).clamp(0, 255).round().to(torch.uint8)
+
+
+def trivial_augment(images: Tensor, seeds: Tensor) -> Tensor:
+    """Apply TrivialAugment (torchvision's, wide space) to N x 3 x H x W uint8 images, one by one.
+
+    `seeds` (N, int64) decide operation and strength. torch's global generator stays as it was.
+    """
+    operation = TrivialAugmentWide()
+    changed = []
+    with torch.random.fork_rng(devices=[]):
+        for image, seed in zip(images, seeds.tolist(), strict=True):
+            torch.manual_seed(seed)
+            changed.append(operation(image))
+    return torch.stack(changed)
+
+
+def mix(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Mix each image and its label (class probabilities) with those of the batch in reverse.
+
+    Mixup (Zhang et al., ICLR 2018): `share` of the image itself, the rest of the other.
+    """
+    images = share * images + (1 - share) * images.flip(0)
+    return images, share * labels + (1 - share) * labels.flip(0)
+
+
+# --- Normalisation -----------------------------------------------------------------------------
+
+
+def normalisation(mean: Tensor, std: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return scale and offset, 1 x 3 x 1 x 1: scale * uint8 + offset = (x / 255 - mean) / std."""
+    scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
+    return scale, (-mean / std).view(1, -1, 1, 1).to(device)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn N x 3 x H x W uint8 images into the float32 input of a network (channels last).
+
+    Raises TypeError for images of another type.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}; expected uint8, 0 to 255")
+    scale, offset = normalisation(mean, std, images.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return torch.addcmul(offset, images.float(), scale)
+
+
+# --- The loader --------------------------------------------------------------------------------
+
+
+def fits(device: torch.device, size: float) -> bool:
+    """Tell whether so many bytes take less than half of the memory that is free on a device.
+
+    In main memory they lie anyway.
+    """
+    return device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] / 2
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Batches of augmented, normalised images from a split, on a device.
+
+    The images are one uint8 tensor, reflect-padded once; every crop window is a view of it
+    (`unfold`), so shuffling and cropping a batch are one gather. The tensor lies on the device, or,
+    if it would take half of the memory there, in main memory, from where each batch is sent.
+    Batches have exactly `batch_size` images; an incomplete last one is left out, other images each
+    epoch.
+    """
+
+    split: Split
+    mean: Tensor
+    std: Tensor
+    batch_size: int
+    augmentation: Augmentation = NO_AUGMENTATION
+    flippable: bool = True
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.split) // self.batch_size
+
+    @functools.cached_property
+    def _windows(self) -> Tensor:
+        """All crops as a view: N x shifts x shifts x 3 x H x W."""
+        images, size = self.split.images, self.split.images.shape[-1]
+        padding = round(self.augmentation.crop_padding * size / 32)
+        if fits(self.device, images.numel() * (1 + 2 * padding / size) ** 2):
+            images = images.to(self.device)
+        if padding:
+            # Torch reflects floating-point images only; in parts, the copies stay small.
+            parts = (F.pad(p.float(), (padding,) * 4, mode="reflect") for p in images.split(8192))
+            images = torch.cat([part.to(torch.uint8) for part in parts])
+        return images.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield an epoch's batches: images B x 3 x H x W (float32, channels last) and labels.
+
+        Labels are classes (B, int64) or, with mixup, their probabilities (B x K, float32).
+        """
+        augmentation, size = self.augmentation, self.split.images.shape[-1]
+        choices = epoch_choices(
+            len(self.split), augmentation, size, self.flippable, self.seed, epoch
+        )
+        labels = self.split.labels
+        if augmentation.mixup:
+            labels = F.one_hot(labels).float()
+        # Sent once an epoch: a copy in each step would make the host wait for the device.
+        order, shifts = (part.to(self._windows.device) for part in (choices.order, choices.shifts))
+        flips, holes, colours, labels = (
+            part.to(self.device) for part in (choices.flips, choices.holes, choices.colours, labels)
+        )
+        scale, offset = normalisation(self.mean, self.std, self.device)
+        side = round(augmentation.cutout * size / 32)
+        for batch in range(len(self)):
+            places = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            rows, columns = shifts[order[places]].unbind(1)
+            images = self._windows[order[places], rows, columns].to(self.device)
+            chosen = order[places].to(self.device)
+            if augmentation.flip and self.flippable:
+                images = torch.where(flips[chosen, None, None, None], images.flip(-1), images)
+            if augmentation.trivial_augment:
+                images = trivial_augment(images, choices.seeds[choices.order[places]])
+            if augmentation.colour_jitter:
+                images = jitter(images, augmentation.colour_jitter * colours[chosen])
+            images = images.contiguous(memory_format=torch.channels_last)
+            images = torch.addcmul(offset, images.float(), scale)
+            if side:
+                images = cut_out(images, holes[chosen], side)
+            if augmentation.mixup:
+                yield mix(images, labels[chosen], float(choices.shares[batch]))
+            else:
+                yield images, labels[chosen]

@@ -1,0 +1,163 @@
+"""What comparisons of finished runs need: means, differences, tables and result files.
+
+`python -m helpers.results` lists the runs that are stored.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from helpers import config
+from helpers.config import Study, dataset_slug, write_atomically
+from helpers.data import SPLITS, Dataset
+from helpers.evaluation import Interval, Verdict, seeds_intervals
+from helpers.runs import Result, RunError, load_result, machine, read_run
+
+# --- Comparisons -------------------------------------------------------------------------------
+
+
+def gap(result: Result) -> float:
+    """Return the generalization gap: training accuracy (no augmentation) minus test accuracy."""
+    return result.metrics["train"]["accuracy"] - result.metrics["test"]["accuracy"]
+
+
+def mean_metrics(results: Sequence[Result], split: str = "test") -> dict[str, float]:
+    """Return each metric of a split as its mean over seeds."""
+    names = results[0].metrics[split]
+    return {name: float(np.mean([r.metrics[split][name] for r in results])) for name in names}
+
+
+TRAINED_OUT = 0.95
+
+
+def trained_out(results: Sequence[Result]) -> bool:
+    """Tell whether networks had learnt their training images: at least 95 %, not augmented.
+
+    Only then does a comparison say something about capacity, and not about learning speed.
+    """
+    return all(r.metrics["train"]["accuracy"] >= TRAINED_OUT for r in results)
+
+
+def accuracies(results: Mapping[str, Sequence[Result]]) -> dict[str, Interval]:
+    """Return each name's test accuracy with its interval, see `evaluation.seeds_intervals`.
+
+    What of an interval lies outside 0 and 1 is cut off.
+    """
+    found = seeds_intervals({n: np.stack([r.correct for r in rs]) for n, rs in results.items()})
+    return {n: replace(i, low=max(i.low, 0), high=min(i.high, 1)) for n, i in found.items()}
+
+
+def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict[str, Interval]:
+    """Return how much more accurate each is than `reference`, paired by seed and test image."""
+    pairs = {name: (rs, results[reference]) for name, rs in results.items() if name != reference}
+    return seeds_intervals({name: _paired(*pair) for name, pair in pairs.items()})
+
+
+def difference(results: Sequence[Result], others: Sequence[Result]) -> Interval:
+    """Return how much more accurate `results` are than `others`, paired by seed and image."""
+    return seeds_intervals({"difference": _paired(results, others)})["difference"]
+
+
+def _paired(results: Sequence[Result], others: Sequence[Result]) -> np.ndarray:
+    """Return differences of being right, seeds x images; ValueError unless both share them."""
+    pairs = list(zip(results, others, strict=True))
+    for one, other in pairs:
+        same_images = torch.equal(one.test_labels, other.test_labels)
+        if one.run.seed != other.run.seed or not same_images:
+            raise ValueError(
+                f"{one.run.key} and {other.run.key} differ in seed or test images; only runs that "
+                "share both can be compared in pairs"
+            )
+    return np.stack([one.correct - other.correct for one, other in pairs])
+
+
+# --- Tables and result files -------------------------------------------------------------------
+
+
+def stored_runs(runs_dir: Path) -> pd.DataFrame:
+    """Return one row for each folder under runs/: its name, state and headline metrics.
+
+    States: finished, damaged (and why), resumable (a checkpoint is there), begun.
+    """
+    rows = []
+    for path in sorted(runs_dir.glob("*/run.json")):
+        folder = path.parent
+        row = {"state": "resumable" if (folder / "resume.pt").exists() else "begun"}
+        if (folder / "result.json").exists():
+            try:
+                result = load_result(read_run(path), folder)
+                row = {
+                    "state": "finished",
+                    "epochs": f"{len(result.history)}",
+                    "test accuracy": f"{100 * result.test_accuracy:.2f} %",
+                    "gap": f"{100 * gap(result):.2f}",
+                    "seconds": f"{result.seconds:.1f}",
+                    "device": result.machine["device"],
+                }
+            except (RunError, OSError, ValueError) as error:
+                row = {"state": f"damaged: {error}"}
+        rows.append({"run": folder.name} | row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def describe_data(dataset: Dataset, role: str = "study") -> dict[str, Any]:
+    """Return what a result file says of its dataset.
+
+    `role` is "study" for the data that a whole study is about, "second" for another dataset that
+    one notebook looks at besides.
+    """
+    names = ("title", "classes", "image_size", "fingerprint")
+    about = {name: getattr(dataset, name) for name in names}
+    sizes = {f"{split}_size": len(getattr(dataset, split)) for split in SPLITS}
+    return {"role": role, "name": dataset_slug(dataset.name)} | about | sizes
+
+
+def save_results(study: Study, name: str, values: dict[str, Any]) -> Path:
+    """Write a notebook's results as JSON into the study's set, with profile and machine.
+
+    Only finite numbers are allowed: a NaN raises ValueError, so that it can't reach the report.
+    """
+    content = {"profile": asdict(study.profile), "machine": machine(study.device), **values}
+    path = study.results_dir / f"{name}.json"
+    text = json.dumps(content, indent=1, allow_nan=False, default=_plain)
+    write_atomically(path, text.encode())
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """Turn what json doesn't know into what it does: intervals, verdicts, tables, NumPy's."""
+    if isinstance(value, Interval):
+        return asdict(value) | {"text": value.percent()}
+    if isinstance(value, Verdict):
+        return {"claim": value.claim, "verdict": value.word, "text": str(value)}
+    if isinstance(value, pd.DataFrame):
+        table = value.reset_index().astype(str)
+        return {"columns": list(map(str, table.columns)), "rows": table.to_numpy().tolist()}
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} can't be written as JSON")
+
+
+def main() -> int:
+    """List the stored runs of the study that the environment asks for; return the exit code."""
+    try:
+        runs_dir = config.study().runs_dir
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    table = stored_runs(runs_dir)
+    print(f"no runs in {runs_dir}" if table.empty else table.to_string(index=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
