@@ -232,12 +232,7 @@ def impute(images: Tensor, removed: Tensor) -> Tensor:
 
 
 def _curve(
-    model: nn.Module,
-    start: Tensor,
-    finish: Tensor,
-    order: Tensor,
-    targets: Tensor,
-    shares: Sequence[float],
+    model: nn.Module, start: Tensor, finish: Tensor, order: Tensor, targets: Tensor, shares: list
 ) -> Tensor:
     """Probabilities N x len(shares) when the first pixels of `order` come from `finish`."""
     pixels = order.shape[1] * order.shape[2]
@@ -383,6 +378,8 @@ def compare(
     `Scores(a.values - b.values).interval()`.
     """
     controls = control_maps(images, seed=seed, layer_size=layer_size)
+    if clash := controls.keys() & maps.keys():
+        raise ValueError(f"methods named like controls: {', '.join(sorted(clash))}; rename them.")
     rows = []
     for method, tensor in {**maps, **controls}.items():
         for metric, scores in measure(tensor).items():

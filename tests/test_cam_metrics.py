@@ -97,7 +97,7 @@ def test_empty_masks_and_zero_maps_are_counted_apart(metric):
     assert scores.all_zero == 3 and scores.empty_mask == 5
     assert np.isnan(scores.values[:7]).all() and (scores.values[7:] == 1).all()
     assert scores.interval().n == len(maps) - 7
-    with pytest.raises(ValueError, match="400 images could be scored: 400 all-zero"):
+    with pytest.raises(ValueError, match="no image could be scored: 400 all-zero"):
         metric(maps * 0, MASKS).interval()
 
 
@@ -141,9 +141,9 @@ def test_grid_pointing_game_of_known_maps(grid):
     perfect[1] = 0
     scores = game(perfect, grid)
     assert scores.all_zero == 2 * cells - 1 and scores.values[0] == 1 and np.isnan(scores.values[1])
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(ValueError, match="don't fit"):
         game(perfect[..., :-1], grid)
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(ValueError, match="don't fit"):
         game(perfect[:, :-1], grid)
 
 
@@ -185,13 +185,13 @@ def test_insertion_and_deletion_of_known_maps():
 def test_removal_goes_by_rank_where_most_of_the_map_is_zero():
     maps = torch.zeros(1, 10, 10)
     maps[0, 0, :3] = torch.tensor([1.0, 3, 2])
-    order = metrics._removal_order(maps, seed=0)
+    order = metrics.removal_order(maps, seed=0)
     assert order[0, 0, :3].tolist() == [2, 0, 1]
     assert sorted(order.flatten().tolist()) == list(range(100))
     zeros = order[0].flatten()[3:]
     assert not torch.equal(zeros, zeros.sort().values), "ties follow the pixels' position"
-    assert torch.equal(order, metrics._removal_order(maps, seed=0))
-    assert not torch.equal(order, metrics._removal_order(maps, seed=1))
+    assert torch.equal(order, metrics.removal_order(maps, seed=0))
+    assert not torch.equal(order, metrics.removal_order(maps, seed=1))
 
 
 def test_drop_and_increase():
@@ -210,7 +210,7 @@ def test_drop_and_increase():
 def test_imputation_solves_its_equations():
     images = torch.randn(6, 3, 12, 9, generator=rng(), dtype=torch.float64)
     removed = torch.rand(6, 12, 9, generator=rng(1)) < torch.linspace(0.1, 0.95, 6)[:, None, None]
-    filled = metrics.impute(images, removed, tolerance=1e-12)
+    filled = metrics.impute(images, removed)
     keep = ~removed[:, None].expand_as(images)
     assert torch.equal(filled[keep], images[keep])
     total, weights = torch.zeros_like(filled), torch.zeros(12, 9, dtype=torch.float64)
@@ -225,9 +225,6 @@ def test_imputation_solves_its_equations():
     constant = torch.full_like(images, 0.3)
     torch.testing.assert_close(metrics.impute(constant, removed), constant)
     assert torch.equal(metrics.impute(images, removed & False), images)
-    noisy = metrics.impute(images, removed, noise=0.5, generator=rng(2))
-    assert 0.4 < (noisy - filled)[~keep].std() < 0.6
-    assert torch.equal(noisy[keep], images[keep])
     with pytest.raises(ValueError, match="leave some"):
         metrics.impute(images, removed | True)
 
@@ -330,7 +327,7 @@ def test_rank_correlation():
     gone[:5] = 0
     scores = metrics.rank_correlation(RANDOM, gone)
     assert scores.all_zero == 5 and np.isnan(scores.values[:5]).all()
-    with pytest.raises(ValueError, match="match"):
+    with pytest.raises(ValueError, match="maps differ"):
         metrics.rank_correlation(RANDOM, RANDOM[:, :4])
 
 
@@ -342,8 +339,6 @@ def test_agreement_is_the_mean_over_pairs():
     scores = metrics.agreement([RANDOM, RANDOM**2, gone])
     assert scores.values[:4] == pytest.approx(1) and scores.values[4:] == pytest.approx(-1 / 3)
     assert scores.all_zero == 4
-    with pytest.raises(ValueError, match="at least two"):
-        metrics.agreement([RANDOM])
 
 
 def test_parameter_randomisation_is_cascading_and_looks_at_the_copy():
@@ -385,7 +380,7 @@ def test_parts_that_cannot_be_randomised_are_named():
             self.factor = nn.Parameter(torch.ones(3))
 
     model = nn.Sequential(nn.Sequential(Scale()))
-    with pytest.raises(ValueError, match=r"0\.0 \(Scale\)"):
+    with pytest.raises(ValueError, match=r"0\.0 has parameters"):
         metrics.parameter_randomisation(model, lambda _network: RANDOM)
 
 
@@ -456,7 +451,7 @@ def test_wrong_targets_and_state_is_kept():
     model = SmallNet().float().train()
     images = torch.randn(6, 3, 16, 16, generator=rng())
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="each of 6 images"):
+    with pytest.raises(ValueError, match="a class for each image"):
         metrics.drop_and_increase(model, images, RANDOM[:6], torch.tensor([1, 2]))
     metrics.road(model, images, RANDOM[:6], torch.zeros(6, dtype=torch.long))
     assert model.training and all(p.requires_grad for p in model.parameters())
