@@ -128,8 +128,7 @@ def record(folder: Path) -> dict[str, dict[str, str]]:
 
 def main() -> int:
     """Write the record, or compare with it; return 1 if anything differs."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.golden", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write benchmarks/golden.json")
     write = parser.parse_args().write
     with tempfile.TemporaryDirectory() as folder:

@@ -139,13 +139,10 @@ def differences(run: Run, first: Path, second: Path) -> list[str]:
 
 def main() -> int:
     """Run rounds until the asked number of kills is reached; return 1 if any round differs."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="how many processes to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the networks")
     options = parser.parse_args()
-    if options.kills < 1:
-        parser.error(f"--kills is {options.kills}; expected a positive number")
     generator = np.random.default_rng(options.seed)
     rounds: list[Round] = []
     begun = time.perf_counter()

@@ -1,272 +1,159 @@
-"""Runs spread by Ray: the same results, and nothing lost when a process or a machine dies.
-
-Two Ray nodes on one machine stand for two machines. Without Ray these tests are skipped;
-`make test-scale` installs it and runs them.
-"""
+"""Many runs: variants, one after the other or several at a time, and how far they are."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import torch
 
-from benchmarks import soak
-from helpers import data, executors, runs
-from helpers.config import ROOT, Study
-from helpers.runs import Run, RunError
-from helpers.training import RECIPES, Progress, Recipe, load_checkpoint
-
-SIZES = {"image_size": 16, "train_size": 120, "validation_size": 40, "test_size": 40}
-RECIPE = Recipe("test", "sgd", 0.05, "triangular", batch_size=24, epochs=2)
-
-
-def make_run(**changes: Any) -> Run:
-    fingerprint = data.load_dataset("shapes", **SIZES).fingerprint
-    settings = {"recipe": RECIPE, "epochs": 2, "seed": 0, "width": 0.125, **SIZES}
-    model = changes.pop("model", "simple_cnn")
-    return Run("shapes", fingerprint, model, **settings | changes)
-
-
-class Record:
-    """A display that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.begun: list[Run] = []
-        self.finished: list[Run] = []
-
-    def begin(self, run: Run) -> None:
-        if run not in self.begun:
-            self.begun.append(run)
-
-    def update(self, run: Run, progress: Progress) -> None:
-        assert run in self.begun and 1 <= progress.epoch <= run.epochs
-
-    def finish(self, run: Run) -> None:
-        self.finished.append(run)
-
-
-# --- Without Ray -------------------------------------------------------------------------------
-
-
-def test_ray_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, study: Study) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"Ray isn't installed: pip install '\.\[ray\]'"):
-        runs.train_all([make_run()], study, executor="ray")
-
-
-def test_an_unknown_executor_is_refused(study: Study) -> None:
-    with pytest.raises(ValueError, match="executor is 'slurm'; expected local or ray"):
-        runs.train_all([make_run()], study, executor="slurm")
-
-
-def test_the_longest_runs_come_first(monkeypatch: pytest.MonkeyPatch, study: Study) -> None:
-    wanted = [
-        make_run(),
-        make_run(epochs=3),
-        make_run(model="resnet18"),
-        make_run(seed=1),
-        make_run(epochs=3),
-    ]
-    sent: list[Run] = []
-    monkeypatch.setattr(executors, "train_with_ray", lambda all_, *_: sent.extend(all_))
-    results = runs.train_all(wanted, replace(study, executor="ray"))
-    assert sent == [wanted[2], wanted[1], wanted[0], wanted[3]]
-    assert list(results) == [wanted[0], wanted[1], wanted[2], wanted[3]]
-
-
-def test_costs_are_in_proportion_to_measured_times(study: Study) -> None:
-    small, large = (
-        runs.cost(make_run(model=name, image_size=32, width=0.25))
-        for name in ("simple_cnn", "resnet18")
-    )
-    assert large / small == pytest.approx(8, rel=0.3)  # images/s on two cores: 8,000 and 1,000
-
-
-def test_files_are_brought_back_and_never_over_those_that_are_there(
-    study: Study, tmp_path: Path
-) -> None:
-    run, other = make_run(), soak.make_study(tmp_path / "driver")
-    result = runs.load_or_train(run, study)
-    files = {name: (result.folder / name).read_bytes() for name in executors.RESULT_FILES}
-    folder = other.runs_dir / run.key
-    executors._bring_back(files, folder)
-    assert soak.differences(run, result.folder, folder) == []
-    executors._bring_back(files | {"history.csv": b"another"}, folder)
-    assert runs.load_result(run, folder).test_accuracy == result.test_accuracy
-
-
-# --- With Ray ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ray() -> Any:
-    return pytest.importorskip("ray", reason="Ray isn't installed; `make test-scale` installs it")
+from helpers import executors
+from helpers.config import Study
+from helpers.data import Dataset, study_data
+from helpers.executors import cost, is_finished, train_all, train_variants
+from helpers.recipes import RECIPES
+from helpers.runs import Run, RunError, load_or_train, make_run
 
 
 @pytest.fixture
-def cluster(ray: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two nodes with one core each, and a head with none."""
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    cluster.nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+def dataset(study: Study) -> Dataset:
+    return study_data(study)
 
 
-def workers() -> list[psutil.Process]:
-    """The processes that Ray trains runs in now."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "ray::_train_run" in " ".join(process.info["cmdline"] or []):
-            found.append(process)
-    return found
+def small(study: Study, dataset: Dataset, seed: int = 0, **changes) -> Run:
+    return make_run(study, dataset, "simple_cnn", seed=seed, **changes)
 
 
-def wait_for(condition: Any, seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"{condition} didn't come true in {seconds} s")
+def test_variants_are_trained_once_a_seed(study: Study, dataset: Dataset) -> None:
+    other = study_data(study, train_size=60)
+    variants = {
+        "as it is": {"model": "simple_cnn"},
+        "dropout": {"model": "simple_cnn", "dropout": 0.5},
+        ("other", 60): {"model": "simple_cnn", "data": other},
+        "of the seed": lambda seed: {"model": "simple_cnn", "epochs": 1 + seed},
+    }
+    found = train_variants(study, dataset, variants)
+    assert list(found) == list(variants)
+    for results in found.values():
+        assert [r.run.seed for r in results] == list(study.profile.seeds)
+    assert found["as it is"][0].run == small(study, dataset)
+    assert found["dropout"][1].run == small(study, dataset, seed=1, dropout=0.5)
+    assert found["other", 60][0].run.train_size == 60
+    assert [r.run.epochs for r in found["of the seed"]] == [1, 2]
+    assert train_variants(study, dataset, {"default": {"epochs": 1}})["default"][0].run.model == (
+        "resnet18"
+    )
 
 
-def place(study: Study, run: Run) -> tuple[int, int]:
-    """Epoch and step of a run's checkpoint; (0, 0) without one."""
-    path = study.runs_dir / run.key / "resume.pt"
+def test_stored_runs_are_not_trained_again(study: Study, dataset: Dataset, monkeypatch) -> None:
+    run = small(study, dataset)
+    first = train_all([run, run], study)
+    assert list(first) == [run] and is_finished(run, study)
+    monkeypatch.setattr("helpers.runs.train", lambda *_, **__: pytest.fail("trained again"))
+    assert torch.equal(train_all([run], study)[run].test_logits, first[run].test_logits)
+
+
+def diverging(study: Study, dataset: Dataset) -> Run:
+    steep = replace(RECIPES["adam"], learning_rate=1e30)
+    return small(study, dataset, recipe=steep)
+
+
+def installed_executors() -> list[str]:
     try:
-        state = load_checkpoint(path, run.key)
-    except FileNotFoundError:
-        return 0, 0
-    return state["epoch"], state["step"]
+        import ray  # noqa: F401
+    except ImportError:
+        return ["processes"]
+    return ["processes", "ray"]
 
 
-def test_results_are_those_of_one_process(cluster: Any, study: Study, tmp_path: Path) -> None:
-    wanted = [make_run(seed=seed, dropout=0.2) for seed in range(3)] + [make_run(model="resnet20")]
-    alone = soak.make_study(tmp_path / "alone")
-    found = runs.train_all(wanted, study, executor="ray")
-    torch.set_num_threads(1)
-    for run, result in runs.train_all(wanted, alone).items():
-        assert soak.differences(run, result.folder, found[run].folder) == []
-    times = [path.stat().st_mtime_ns for path in study.runs_dir.glob("*/result.json")]
-    runs.train_all(wanted, study, executor="ray")  # a second time: nothing to do
-    assert [p.stat().st_mtime_ns for p in study.runs_dir.glob("*/result.json")] == times
-
-
-def kill_worker(cluster: Any) -> None:
-    """Kill the one process that trains, as the kernel does when memory is short."""
-    (process,) = workers()
-    process.send_signal(signal.SIGKILL)
-
-
-def kill_node(cluster: Any) -> None:
-    """Kill the machine that trains: its raylet and all below it."""
-    (process,) = workers()
-    above = {parent.pid for parent in process.parents()}
-    (node,) = (
-        n
-        for n in cluster.nodes
-        if {info.process.pid for all_ in n.all_processes.values() for info in all_} & above
-    )
-    cluster.remove_node(node, allow_graceful=False)
-
-
-@pytest.mark.parametrize("kill", [kill_worker, kill_node])
-def test_a_death_costs_the_time_since_the_last_checkpoint(
-    cluster: Any, study: Study, tmp_path: Path, kill: Any
+@pytest.mark.parametrize("executor", installed_executors())
+def test_several_at_a_time_give_the_same_and_failures_stop_nobody(
+    study: Study, dataset: Dataset, executor: str, tmp_path, monkeypatch
 ) -> None:
-    short, long = make_run(), make_run(model="resnet20", epochs=80, dropout=0.2)
-    alone = soak.make_study(tmp_path / "alone")
-    left: list[dict[str, Any]] = []
-
-    def strike() -> None:
-        wait_for(lambda: (study.runs_dir / short.key / "result.json").exists())
-        wait_for(lambda: place(study, long)[0] >= 2)
-        kill(cluster)
-        left.append(load_checkpoint(study.runs_dir / long.key / "resume.pt", long.key))
-
-    thread = threading.Thread(target=strike)
-    thread.start()
-    record = Record()
-    executors.train_with_ray([long, short], study, record)
-    thread.join()
-    (checkpoint,) = left
-    assert sorted(record.finished, key=str) == sorted([short, long], key=str)
-    # The epochs before the checkpoint weren't trained again: they have the same seconds.
-    history = runs.load_result(long, study.runs_dir / long.key).history.to_dict("records")
-    assert checkpoint["epoch"] >= 2 and history[: checkpoint["epoch"]] == checkpoint["history"]
-    result = runs.load_or_train(long, alone)
-    assert soak.differences(long, result.folder, study.runs_dir / long.key) == []
-
-
-def test_failures_of_a_run_s_own_are_told_once_and_the_others_go_on(
-    cluster: Any, study: Study
-) -> None:
-    diverging = make_run(recipe=replace(RECIPE, learning_rate=1e30))
-    good = [make_run(seed=seed) for seed in (1, 2)]
-    with pytest.raises(RunError, match="1 of 3 runs failed, the others are finished") as caught:
-        runs.train_all([diverging, *good], study, executor="ray")
-    assert str(caught.value).count(diverging.key) == 1
-    assert "TrainingDiverged: the training loss stopped being finite" in str(caught.value)
-    assert all((study.runs_dir / run.key / "result.json").exists() for run in good)
-    assert (study.runs_dir / diverging.key / "failed.json").exists()
-
-
-INTERRUPTED = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import test_executors as here
-from benchmarks import soak
-from helpers import runs
-study = soak.make_study(Path({folder!r}))
-runs.train_all(here.long_runs(), study, executor="ray")
-"""
-
-
-def long_runs() -> list[Run]:
-    recipe = replace(RECIPES["onecycle"], batch_size=24)
-    return [make_run(model="resnet20", recipe=recipe, epochs=80, seed=seed) for seed in (0, 1)]
-
-
-def test_ctrl_c_leaves_whole_checkpoints(ray: Any, study: Study, tmp_path: Path) -> None:
-    folder = tmp_path / "study"
-    script = INTERRUPTED.format(tests=str(Path(__file__).parent), folder=str(folder))
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    both = long_runs()
-    wait_for(lambda: all(place(study, run)[0] >= 1 for run in both))
-    before = [place(study, run) for run in both]
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and "KeyboardInterrupt" in errors
-    after = [place(study, run) for run in both]
-    assert not list(study.runs_dir.glob("*/result.json")), "it was over before Ctrl-C came"
-    # Each went on to where Ctrl-C met it.
-    assert all(late > early for early, late in zip(before, after, strict=True))
-    alone = soak.make_study(tmp_path / "alone")
+    if executor == "ray":
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    good = [small(study, dataset, seed=seed) for seed in (0, 1)]
+    elsewhere = replace(study, executor=executor, runs_dir=tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="1 of 3 runs failed:\n.*TrainingDiverged") as error:
+        train_all([diverging(study, dataset), *good], elsewhere)
+    assert all(run.key not in str(error.value) for run in good)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for run in both:
-        done, straight = runs.load_or_train(run, study), runs.load_or_train(run, alone)
-        assert soak.differences(run, straight.folder, done.folder) == []
+    try:
+        here = train_all(good, study)
+    finally:
+        torch.set_num_threads(threads)
+    for run in good:
+        stored = load_or_train(run, elsewhere)
+        assert torch.equal(stored.test_logits, here[run].test_logits)
+        for name in ("model.safetensors", "predictions.npz"):
+            assert (stored.folder / name).read_bytes() == (here[run].folder / name).read_bytes()
+    if executor == "ray":
+        import ray
+
+        ray.shutdown()
+
+
+def test_here_an_error_ends_the_list(study: Study, dataset: Dataset) -> None:
+    with pytest.raises(RuntimeError, match="stopped being finite"):
+        train_all([diverging(study, dataset), small(study, dataset)], study)
+    assert not is_finished(small(study, dataset), study)
+
+
+def test_ray_that_is_missing_is_named(study: Study, dataset: Dataset, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ImportError, match="pip install"):
+        train_all([small(study, dataset)], replace(study, executor="ray"))
+
+
+def test_costs_order_runs(study: Study, dataset: Dataset) -> None:
+    cheap = small(study, dataset)
+    assert cost(replace(cheap, epochs=4)) == pytest.approx(2 * cost(cheap))
+    deeper = [make_run(study, dataset, name, seed=0) for name in ("resnet18", "resnet34")]
+    costs = [cost(run) for run in (cheap, *deeper)]
+    assert costs == sorted(costs) and len(set(costs)) == 3
+    assert cost(replace(cheap, train_size=None)) > cost(cheap)
+
+
+def test_progress_is_written_where_the_study_says(study: Study, dataset: Dataset, tmp_path) -> None:
+    path = tmp_path / "progress"
+    runs = [small(study, dataset, seed=seed) for seed in (0, 1)]
+    shown = replace(study, progress=f"file:{path}")
+    load_or_train(runs[0], study)
+    with executors.show_progress(runs, shown, "two runs"):
+        folder = study.runs_dir / runs[1].key
+        folder.mkdir(parents=True)
+        row = "1,0.1,2.0,0.25,2.1,0.625,1.5\n"
+        (folder / "history.csv").write_text(
+            "epoch,learning_rate,train_loss,train_accuracy,validation_loss,validation_accuracy,"
+            f"seconds\n{row}"
+        )
+        time.sleep(1.6)
+        text = path.read_text()
+    assert "two runs:  75%" in text and "1 of 2 runs done" in text
+    assert "seed 1: epoch 1/2, validation 62.5 %" in text
+
+
+def train_two(study: Study, runs: list[Run]) -> None:
+    train_all(runs, study)
+
+
+def test_an_interrupted_list_goes_on(study: Study, dataset: Dataset) -> None:
+    runs = [small(study, dataset, seed=seed, epochs=40) for seed in (0, 1)]
+    process = multiprocessing.get_context("spawn").Process(target=train_two, args=(study, runs))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not is_finished(runs[0], study) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode not in (None, 0) or is_finished(runs[1], study)
+    undisturbed = replace(study, runs_dir=study.runs_dir.parent / "undisturbed")
+    for run in runs:
+        one, other = load_or_train(run, study), load_or_train(run, undisturbed)
+        assert torch.equal(one.test_logits, other.test_logits)
+        assert one.history.drop(columns="seconds").equals(other.history.drop(columns="seconds"))

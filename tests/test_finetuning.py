@@ -214,16 +214,16 @@ def test_earlier_parts_move_less_with_a_rate_factor(
     assert 0 < moved[1] < 0.1 * moved[0]
 
 
-def test_a_run_starts_from_imagenet_weights(small_study: Study, small_run: MakeRun) -> None:
+def test_a_run_starts_from_imagenet_weights(study: Study, small_run: MakeRun) -> None:
     source = network(classes=1000, stem="imagenet", width=1.0)
-    folder = small_study.data_dir / "weights"
-    folder.mkdir(exist_ok=True)
+    folder = study.data_dir / "weights"
+    folder.mkdir(parents=True)
     torch.save(source.state_dict(), folder / WEIGHTS_FILE)
     sizes = {"image_size": 40, "train_size": 20, "validation_size": 10, "test_size": 10}
     digits = load_dataset("digits", **sizes)
     settings = sizes | {"model": "resnet18", "width": 1.0, "stem": "imagenet", "epochs": 1}
     run = small_run(digits, start=Transfer(IMAGENET, frozen=True), **settings)
-    trained = weights_of(load_or_train(run, small_study))
+    trained = weights_of(load_or_train(run, study))
     assert torch.equal(trained["layer4.1.conv2.weight"], source.layer4[1].conv2.weight)
 
 

@@ -1,0 +1,191 @@
+"""Comparisons of results, the table of stored runs, and result files."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from helpers import config, results
+from helpers.config import Study
+from helpers.data import Dataset
+from helpers.evaluation import Interval, seeds_intervals, verdict
+from helpers.runs import Result, Run, load_or_train
+
+
+@pytest.fixture
+def result(small_run: Callable[..., Run], small_study: Study) -> Result:
+    return load_or_train(small_run(), small_study)
+
+
+def with_correct(result: Result, seed: int, correct: list[int]) -> Result:
+    """The result of another seed that classified these images rightly (1) or not (0)."""
+    labels = torch.zeros(len(correct), dtype=torch.int64)
+    logits = torch.tensor([[1.0, 0.0] if right else [0.0, 1.0] for right in correct])
+    run = replace(result.run, seed=seed)
+    return replace(result, run=run, test_logits=logits, test_labels=labels)
+
+
+# --- Comparisons -------------------------------------------------------------------------------
+
+
+def test_intervals_are_pooled_over_names_and_differences_are_paired(result: Result) -> None:
+    rights = {
+        "good": ([1, 1, 1, 0] * 30, [1, 1, 1, 1, 1, 1, 1, 0] * 15),
+        "poor": ([1, 0, 0, 0] * 30, [1, 0, 0, 1, 1, 0, 0, 0] * 15),
+        "best": ([1] * 120, [1] * 120),
+    }
+    made = {
+        name: [with_correct(result, seed, right) for seed, right in enumerate(both)]
+        for name, both in rights.items()
+    }
+    tables = {name: np.array(both, dtype=float) for name, both in rights.items()}
+    found, expected = results.accuracies(made), seeds_intervals(tables)
+    assert found["good"] == expected["good"] and found["good"].mean == pytest.approx(0.8125)
+    # Pooled: a configuration whose seeds agree has an interval, cut off where accuracy ends.
+    assert expected["best"].high > 1 and found["best"] == replace(expected["best"], high=1)
+    paired = {name: tables[name] - tables["poor"] for name in ("good", "best")}
+    found = results.differences(made, "poor")
+    assert list(found) == ["good", "best"] and found == seeds_intervals(paired)
+    alone = results.difference(made["poor"], made["good"])
+    assert alone == seeds_intervals({"alone": -paired["good"]})["alone"] and alone.mean < 0
+
+
+def test_results_of_other_seeds_or_images_are_not_compared(result: Result) -> None:
+    good, poor = ([with_correct(result, s, [right, 1]) for s in (0, 1)] for right in (1, 0))
+    with pytest.raises(ValueError, match="differ in seed or test images"):
+        results.difference(good, poor[::-1])
+    other_images = replace(poor[1], test_labels=1 - poor[1].test_labels)
+    with pytest.raises(ValueError, match="differ in seed or test images"):
+        results.differences({"good": good, "poor": [poor[0], other_images]}, "good")
+    with pytest.raises(ValueError, match="shorter"):
+        results.difference(good, poor[:1])
+
+
+def test_means_gaps_and_networks_that_were_trained_out(result: Result) -> None:
+    made = [
+        replace(result, metrics={"train": {"accuracy": train}, "test": {"accuracy": test, "f1": 1}})
+        for train, test in ((0.95, 0.5), (0.99, 0.7))
+    ]
+    assert results.mean_metrics(made) == pytest.approx({"accuracy": 0.6, "f1": 1})
+    assert results.mean_metrics(made, "train") == pytest.approx({"accuracy": 0.97})
+    assert results.gap(made[0]) == pytest.approx(0.45)
+    assert results.trained_out(made)
+    made[1].metrics["train"]["accuracy"] = 0.949
+    assert not results.trained_out(made)
+
+
+# --- The table of stored runs ------------------------------------------------------------------
+
+
+def list_runs(patch: pytest.MonkeyPatch, **environment: str) -> int:
+    """Do what `python -m helpers.results` does."""
+    for name, value in environment.items():
+        patch.setenv(name, value)
+    config.study.cache_clear()
+    try:
+        return results.main()
+    finally:
+        config.study.cache_clear()
+
+
+def test_the_table_shows_every_state(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], result: Result
+) -> None:
+    runs_dir = result.folder.parent
+    folders = {}
+    for seed, state in enumerate(("resumable", "damaged", "no run", "begun"), start=1):
+        run = replace(result.run, seed=seed)
+        folders[state] = runs_dir / run.key
+        folders[state].mkdir()
+        (folders[state] / "run.json").write_text(json.dumps(asdict(run)))
+    (folders["resumable"] / "resume.pt").write_bytes(b"")
+    for state in ("damaged", "no run"):
+        shutil.copytree(result.folder, folders[state], dirs_exist_ok=True)
+    (folders["damaged"] / "model.safetensors").write_bytes(b"")
+    (folders["no run"] / "run.json").write_text("{}")
+    (runs_dir / "something else").mkdir()
+    table = results.stored_runs(runs_dir).set_index("run")
+    states = table["state"]
+    assert len(table) == 5 and states[result.run.key] == "finished"
+    for state in ("resumable", "begun"):
+        assert states[folders[state].name] == state
+    assert states[folders["damaged"].name].startswith("damaged: the result in ")
+    assert "run.json can't be read" in states[folders["no run"].name]
+    row = table.loc[result.run.key]
+    assert (row["epochs"], row["device"]) == ("2", result.machine["device"])
+    assert row["test accuracy"] == f"{100 * result.test_accuracy:.2f} %"
+    assert row["gap"] == f"{100 * results.gap(result):.2f}"
+    assert list_runs(monkeypatch, RUNS_DIR=str(runs_dir)) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == [
+        "run",
+        "state",
+        "epochs",
+        "test",
+        "accuracy",
+        "gap",
+        "seconds",
+        "device",
+    ]
+    assert [line.split()[0] for line in rows] == list(table.index)
+
+
+def test_the_command_says_when_there_is_nothing_or_a_setting_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert list_runs(monkeypatch, RUNS_DIR=str(tmp_path)) == 0
+    assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
+    assert list_runs(monkeypatch, PROFILE="huge") == 2
+    assert "PROFILE='huge' is unknown" in capsys.readouterr().err
+
+
+# --- Result files ------------------------------------------------------------------------------
+
+
+def test_a_result_file_holds_what_is_shown_as_text(study: Study, small_shapes: Dataset) -> None:
+    interval = Interval(0.5, 0.4, 0.6, 2)
+    judged = verdict("A is better", interval)
+    table = pd.DataFrame({"accuracy": ["50.0"], "n": [2]}, index=pd.Index(["a"], name="network"))
+    values = {"interval": interval, "claims": [judged], "table": table, "counts": np.arange(2)}
+    values |= {"data": results.describe_data(small_shapes), "share": np.float32(0.5)}
+    path = results.save_results(study, "04_depth", values)
+    assert path == study.results_dir / "04_depth.json"
+    found = json.loads(path.read_text())
+    bounds = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 2}
+    assert found["interval"] == bounds | {"text": "50.0 [40.0, 60.0]"}
+    text = "**Holds.** A is better: +50.0 points [+40.0, +60.0]."
+    assert found["claims"] == [{"claim": "A is better", "verdict": "holds", "text": text}]
+    assert found["table"] == {"columns": ["network", "accuracy", "n"], "rows": [["a", "50.0", "2"]]}
+    assert (found["counts"], found["share"]) == ([0, 1], 0.5)
+    assert (found["profile"]["name"], found["machine"]["dtype"][:5]) == ("smoke", "float")
+
+
+@pytest.mark.parametrize("bad", [math.nan, np.float64("inf"), np.array([math.nan]), torch.ones(1)])
+def test_a_refused_value_leaves_the_last_result(study: Study, bad: Any) -> None:
+    path = results.save_results(study, "04_depth", {"accuracy": 0.5})
+    before = path.read_bytes()
+    with pytest.raises((ValueError, TypeError), match="not JSON compliant|Tensor can't be written"):
+        results.save_results(study, "04_depth", {"accuracy": bad})
+    assert path.read_bytes() == before
+
+
+def test_data_is_described_with_its_role(small_shapes: Dataset) -> None:
+    about = results.describe_data(small_shapes)
+    assert about == {
+        **{"role": "study", "name": "shapes", "title": "Shapes", "image_size": 16},
+        **{"classes": small_shapes.classes, "fingerprint": small_shapes.fingerprint},
+        **{"train_size": 80, "validation_size": 40, "test_size": 40},
+    }
+    folder = replace(small_shapes, name="/somewhere/My Birds")
+    described = results.describe_data(folder, role="second")
+    assert (described["role"], described["name"]) == ("second", "my-birds")
