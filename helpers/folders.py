@@ -189,6 +189,9 @@ def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
     temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **arrays)
-        temporary.replace(path)
+        try:
+            np.savez(temporary, **arrays)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return arrays

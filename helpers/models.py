@@ -173,7 +173,7 @@ class ResNet(nn.Module):
 
         Raises ValueError for images that are too small for the ImageNet stem.
         """
-        check_stem(self.stem, x.shape[-1])
+        check_stem(self.stem, x.shape[-2], x.shape[-1])
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         for name in self.stages:
             x = getattr(self, name)(x)
@@ -247,11 +247,11 @@ def default_stem(image_size: int) -> str:
 
 
 @torch.fx.wrap  # a tracer of the network calls it, and doesn't look into it
-def check_stem(stem: str, image_size: int) -> None:
-    """Raise ValueError for images, of so many pixels a side, too small for the ImageNet stem."""
-    if stem == "imagenet" and image_size < SMALLEST_IMAGENET_STEM_SIZE:
+def check_stem(stem: str, *sides: int) -> None:
+    """Raise ValueError for images, by their sides in pixels, too small for the ImageNet stem."""
+    if stem == "imagenet" and min(sides) < SMALLEST_IMAGENET_STEM_SIZE:
         raise ValueError(
-            f"images have {image_size} pixels a side; the ImageNet stem needs at least "
+            f"images have {min(sides)} pixels a side; the ImageNet stem needs at least "
             f"{SMALLEST_IMAGENET_STEM_SIZE}. Set a larger image_size, or stem='cifar'."
         )
 

@@ -292,7 +292,8 @@ def train(
     TrainingDiverged when the loss isn't finite, and OutOfMemory.
     """
     if recipe.batch_size > len(dataset.train):
-        raise ValueError(f"batch_size is {recipe.batch_size}, of {len(dataset.train)} images")
+        most = len(dataset.train)
+        raise ValueError(f"batch_size is {recipe.batch_size}; expected at most {most}, all images")
     model.to(device, memory_format=torch.channels_last)  # all channels of a pixel together
     forward = compiled(model) if device.type in COMPILED_DEVICES else model
     # float16's small range needs a scaled loss; bfloat16 and float32 don't.

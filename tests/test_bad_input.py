@@ -130,7 +130,7 @@ def test_a_bad_setting_is_named_in_one_line(data: st.DataObject) -> None:
 
 def test_settings_that_dont_fit_each_other_are_named() -> None:
     for changes, message in (
-        ({"train_size": 500}, "batch_size is 512, train_size 500"),
+        ({"train_size": 500}, "batch_size is 512; expected at most 500"),
         ({"start": Transfer(IMAGENET)}, "torchvision has no weights for resnet20; choose"),
         ({"model": "resnet18", "start": Transfer(IMAGENET)}, "stem is 'auto'; .* has 'imagenet'"),
         ({"start": Transfer(RUN), "width": 0.5}, "width is 0.5; .* has 1.0"),

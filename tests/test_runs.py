@@ -194,7 +194,7 @@ def test_a_run_refuses_what_is_not_allowed(run: Run, name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda r: replace(r, train_size=15), "batch_size is 16, train_size 15"),
+        (lambda r: replace(r, train_size=15), "batch_size is 16; expected at most 15"),
         (lambda r: replace(r, model="resnet18", stem="imagenet"), "at least 33"),
         (lambda r: Transfer("resnet18.pth"), "source is 'resnet18.pth'"),
         (lambda r: Transfer(r, rate_factor=0), "rate_factor is 0"),

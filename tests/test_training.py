@@ -271,7 +271,7 @@ def test_batch_norms_with_frozen_parameters_stay_in_evaluation_mode() -> None:
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(small_shapes: Dataset) -> None:
-    with pytest.raises(ValueError, match="batch_size is 81, of 80 images"):
+    with pytest.raises(ValueError, match="batch_size is 81; expected at most 80"):
         train(network(), small_shapes, replace(SGD, batch_size=81), epochs=1, seed=0)
     train(network(), small_shapes, replace(SGD, batch_size=80), epochs=1, seed=0)  # all may
 
