@@ -101,7 +101,7 @@ class Run:
     def _fits(self) -> Run:
         if self.recipe.batch_size > (self.train_size or self.recipe.batch_size):
             raise ValueError(
-                f"batch_size is {self.recipe.batch_size}; expected at most {self.train_size}, train_size"
+                f"batch_size is {self.recipe.batch_size}; expected at most {self.train_size}"
             )
         if self.image_size is not None and self.model != "simple_cnn":
             check_stem(self.stem, self.image_size)
