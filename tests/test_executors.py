@@ -1,159 +1,219 @@
-"""Many runs: variants, one after the other or several at a time, and how far they are."""
+"""Many runs: in this process, in several, or by Ray, with the same results and one progress bar.
+
+Without Ray its tests are skipped; `make test-scale` installs it and runs them.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from joblib import register_parallel_backend
+from joblib.parallel import SequentialBackend
 
-from helpers import executors
+from helpers import executors, runs
 from helpers.config import Study
-from helpers.data import Dataset, study_data
-from helpers.executors import cost, is_finished, train_all, train_variants
+from helpers.data import Dataset, load_dataset
+from helpers.executors import cost, train_all, train_variants
 from helpers.recipes import RECIPES
-from helpers.runs import Run, RunError, load_or_train, make_run
+from helpers.runs import Pruning, Result, Run, RunError, load_or_train
+
+MakeRun = Callable[..., Run]
+Differing = Callable[[Result, Result], list[str]]
 
 
-@pytest.fixture
-def dataset(study: Study) -> Dataset:
-    return study_data(study)
+# --- Variants ----------------------------------------------------------------------------------
 
 
-def small(study: Study, dataset: Dataset, seed: int = 0, **changes) -> Run:
-    return make_run(study, dataset, "simple_cnn", seed=seed, **changes)
+def test_variants_are_trained_once_a_seed(small_study: Study, small_shapes: Dataset) -> None:
+    sizes = {"image_size": 16, "train_size": 60, "validation_size": 30, "test_size": 30}
+    digits = load_dataset("digits", data_dir=small_study.data_dir, **sizes)
+    adam = {"model": "simple_cnn", "recipe": RECIPES["adam"]}
+    first = train_variants(small_study, small_shapes, {"plain": adam, "ResNet-18": {}})
 
+    def pruned(seed: int) -> dict[str, Any]:
+        source = first["plain"][small_study.profile.seeds.index(seed)].run
+        return adam | {"start": Pruning(source, "weights", 0.5)}
 
-def test_variants_are_trained_once_a_seed(study: Study, dataset: Dataset) -> None:
-    other = study_data(study, train_size=60)
-    variants = {
-        "as it is": {"model": "simple_cnn"},
-        "dropout": {"model": "simple_cnn", "dropout": 0.5},
-        ("other", 60): {"model": "simple_cnn", "data": other},
-        "of the seed": lambda seed: {"model": "simple_cnn", "epochs": 1 + seed},
-    }
-    found = train_variants(study, dataset, variants)
+    variants = {("plain", 0.0): adam, ("pruned", 0.5): pruned, "digits": adam | {"data": digits}}
+    found = train_variants(small_study, small_shapes, variants, title="variants")
     assert list(found) == list(variants)
-    for results in found.values():
-        assert [r.run.seed for r in results] == list(study.profile.seeds)
-    assert found["as it is"][0].run == small(study, dataset)
-    assert found["dropout"][1].run == small(study, dataset, seed=1, dropout=0.5)
-    assert found["other", 60][0].run.train_size == 60
-    assert [r.run.epochs for r in found["of the seed"]] == [1, 2]
-    assert train_variants(study, dataset, {"default": {"epochs": 1}})["default"][0].run.model == (
-        "resnet18"
+    for results in (*first.values(), *found.values()):
+        assert tuple(result.run.seed for result in results) == small_study.profile.seeds == (0, 1)
+    for seed in (0, 1):
+        made = runs.make_run(small_study, small_shapes, seed=seed, **adam)
+        assert found["plain", 0.0][seed].run == first["plain"][seed].run == made
+        assert found["pruned", 0.5][seed].run.start.source == made
+        resnet = runs.make_run(small_study, small_shapes, "resnet18", seed=seed)
+        assert first["ResNet-18"][seed].run == resnet
+        other = found["digits"][seed].run
+        assert (other.dataset, other.fingerprint) == ("digits", digits.fingerprint)
+        assert (other.train_size, len(found["digits"][seed].test_labels)) == (60, 30)
+    assert len(list(small_study.runs_dir.glob("*/result.json"))) == 8
+    assert adam == {"model": "simple_cnn", "recipe": RECIPES["adam"]}  # settings stay as given
+
+
+# --- Order and progress ------------------------------------------------------------------------
+
+
+def test_results_come_in_the_order_asked_for_and_each_run_is_trained_once(
+    monkeypatch: pytest.MonkeyPatch, small_study: Study, small_run: MakeRun
+) -> None:
+    trained, train = [], runs.train
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        trained.append(options["seed"])
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(runs, "train", noted)
+    first, second, third = (small_run(seed=seed) for seed in range(3))
+    load_or_train(second, small_study)
+    results = train_all([third, second, third, first], small_study)
+    assert list(results) == [third, second, first]
+    assert all(result.run == run for run, result in results.items())
+    assert trained == [1, 2, 0]
+
+
+def test_costs_are_in_proportion_to_measured_times(small_run: MakeRun) -> None:
+    small, large = (
+        small_run(model=name, image_size=32, width=0.25) for name in ("simple_cnn", "resnet18")
     )
+    # Images a second on two cores: 8,000 and 1,000.
+    assert cost(large) / cost(small) == pytest.approx(8, rel=0.3)
+    assert cost(replace(small, epochs=6)) == pytest.approx(3 * cost(small))
+    assert cost(replace(small, train_size=160)) == pytest.approx(2 * cost(small))
 
 
-def test_stored_runs_are_not_trained_again(study: Study, dataset: Dataset, monkeypatch) -> None:
-    run = small(study, dataset)
-    first = train_all([run, run], study)
-    assert list(first) == [run] and is_finished(run, study)
-    monkeypatch.setattr("helpers.runs.train", lambda *_, **__: pytest.fail("trained again"))
-    assert torch.equal(train_all([run], study)[run].test_logits, first[run].test_logits)
+def test_several_at_a_time_are_sent_the_longest_first(
+    monkeypatch: pytest.MonkeyPatch, small_study: Study, small_run: MakeRun
+) -> None:
+    short, long, middle = small_run(), small_run(model="resnet18"), small_run(epochs=3)
+    sent: list[Run] = []
+    monkeypatch.setattr(executors, "train_in_processes", lambda rs, _: sent.extend(rs) or {})
+    results = train_all([short, long, middle, long], replace(small_study, executor="processes"))
+    assert sent == [long, middle, short] and list(results) == [short, long, middle]
 
 
-def diverging(study: Study, dataset: Dataset) -> Run:
-    steep = replace(RECIPES["adam"], learning_rate=1e30)
-    return small(study, dataset, recipe=steep)
+def test_progress_goes_into_a_file_and_tells_of_the_run_in_training(
+    small_study: Study, small_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "progress"
+    study = replace(small_study, progress=f"file:{path}")
+    done, half, new = (small_run(seed=seed) for seed in range(3))
+    load_or_train(done, study)
+
+    def stop(record: object) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        load_or_train(half, study, on_epoch=stop, checkpoint_seconds=0.0)
+    with executors.show_progress([done, half, new], study, "dropout"):
+        deadline = time.monotonic() + 60
+        while "runs done" not in path.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        line = path.read_text().split("\r")[-1]
+    assert line.startswith("dropout:  50% |")
+    assert "1 of 3 runs done; simple_cnn, test, seed 1: epoch 1/2, validation " in line
+    train_all([done, half, new], study, title="again")
+    assert path.read_text().startswith("\ragain:  25% |")  # of the two that were missing
+    path.write_text("as it was")
+    train_all([done, half, new], study)  # nothing is missing: nothing is told
+    assert path.read_text() == "as it was"
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
 
 
-def installed_executors() -> list[str]:
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        return ["processes"]
-    return ["processes", "ray"]
+@pytest.mark.parametrize("progress", ["bar", "none"])
+def test_a_bar_is_shown_on_the_terminal_only_if_wanted(
+    small_study: Study, small_run: MakeRun, capsys: pytest.CaptureFixture[str], progress: str
+) -> None:
+    train_all([small_run()], replace(small_study, progress=progress), title="one run")
+    printed = capsys.readouterr()
+    assert printed.out == "" and ("one run:   0% |" in printed.err) == (progress == "bar")
 
 
-@pytest.mark.parametrize("executor", installed_executors())
-def test_several_at_a_time_give_the_same_and_failures_stop_nobody(
-    study: Study, dataset: Dataset, executor: str, tmp_path, monkeypatch
+# --- Several processes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_several_processes_give_the_results_of_one_and_a_failure_stops_no_other(
+    small_study: Study, small_run: MakeRun, tmp_path: Path, differing: Differing, executor: str
 ) -> None:
     if executor == "ray":
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    good = [small(study, dataset, seed=seed) for seed in (0, 1)]
-    elsewhere = replace(study, executor=executor, runs_dir=tmp_path / "elsewhere")
-    with pytest.raises(RunError, match="1 of 3 runs failed:\n.*TrainingDiverged") as error:
-        train_all([diverging(study, dataset), *good], elsewhere)
-    assert all(run.key not in str(error.value) for run in good)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        here = train_all(good, study)
-    finally:
-        torch.set_num_threads(threads)
-    for run in good:
-        stored = load_or_train(run, elsewhere)
-        assert torch.equal(stored.test_logits, here[run].test_logits)
-        for name in ("model.safetensors", "predictions.npz"):
-            assert (stored.folder / name).read_bytes() == (here[run].folder / name).read_bytes()
-    if executor == "ray":
-        import ray
-
-        ray.shutdown()
+        pytest.importorskip("ray", reason="Ray isn't installed; `make test-scale` installs it")
+    study = replace(small_study, executor=executor)
+    good = small_run()
+    diverging = replace(good, recipe=replace(good.recipe, learning_rate=1e30))
+    with pytest.raises(RunError, match="^1 of 2 runs failed") as caught:
+        train_all([diverging, good], study)
+    said = f"{diverging.key}: TrainingDiverged: the training loss stopped being finite in epoch 1"
+    assert said in str(caught.value)
+    (result,) = train_all([good], study).values()
+    alone = load_or_train(good, replace(small_study, runs_dir=tmp_path / "alone"))
+    assert result.folder == study.runs_dir / good.key and differing(alone, result) == []
+    times = [path.stat().st_mtime_ns for path in result.folder.iterdir()]
+    train_all([good], study)  # a second time: nothing to do
+    assert [path.stat().st_mtime_ns for path in result.folder.iterdir()] == times
 
 
-def test_here_an_error_ends_the_list(study: Study, dataset: Dataset) -> None:
-    with pytest.raises(RuntimeError, match="stopped being finite"):
-        train_all([diverging(study, dataset), small(study, dataset)], study)
-    assert not is_finished(small(study, dataset), study)
+def test_ray_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, small_study: Study, small_run: MakeRun
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"EXECUTOR is ray: pip install '\.\[ray\]'"):
+        train_all([small_run()], replace(small_study, executor="ray"))
 
 
-def test_ray_that_is_missing_is_named(study: Study, dataset: Dataset, monkeypatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(ImportError, match="pip install"):
-        train_all([small(study, dataset)], replace(study, executor="ray"))
+@pytest.mark.parametrize(("device", "need"), [("cpu", {"num_cpus": 2}), ("cuda", {"num_gpus": 1})])
+def test_results_of_other_machines_are_brought_here(
+    monkeypatch: pytest.MonkeyPatch,
+    small_study: Study,
+    small_run: MakeRun,
+    tmp_path: Path,
+    differing: Differing,
+    device: str,
+    need: dict[str, int],
+) -> None:
+    """A stand-in for Ray runs here what it is given, as a machine with folders of its own."""
+    asked: list[dict[str, int]] = []
 
+    class Backend(SequentialBackend):
+        def __init__(self, ray_remote_args: dict[str, int], **options: Any) -> None:
+            super().__init__(**options)
+            asked.append(ray_remote_args)
 
-def test_costs_order_runs(study: Study, dataset: Dataset) -> None:
-    cheap = small(study, dataset)
-    assert cost(replace(cheap, epochs=4)) == pytest.approx(2 * cost(cheap))
-    deeper = [make_run(study, dataset, name, seed=0) for name in ("resnet18", "resnet34")]
-    costs = [cost(run) for run in (cheap, *deeper)]
-    assert costs == sorted(costs) and len(set(costs)) == 3
-    assert cost(replace(cheap, train_size=None)) > cost(cheap)
+    ray, joblib = ModuleType("ray"), ModuleType("ray.util.joblib")
+    ray.is_initialized, ray.cluster_resources = (lambda: True), (lambda: {"CPU": 4.0, "GPU": 2.0})
+    joblib.register_ray = lambda: register_parallel_backend("ray", Backend)
+    for name, module in {
+        "ray": ray,
+        "ray.util": ModuleType("util"),
+        joblib.__name__: joblib,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
 
+    def there(run: Run, study: Study) -> Result:
+        if executors.is_finished(run, study):
+            return load_or_train(run, study)
+        assert study.device == torch.device(device)
+        machine = replace(small_study, runs_dir=tmp_path / "machine")
+        return load_or_train(run, machine)
 
-def test_progress_is_written_where_the_study_says(study: Study, dataset: Dataset, tmp_path) -> None:
-    path = tmp_path / "progress"
-    runs = [small(study, dataset, seed=seed) for seed in (0, 1)]
-    shown = replace(study, progress=f"file:{path}")
-    load_or_train(runs[0], study)
-    with executors.show_progress(runs, shown, "two runs"):
-        folder = study.runs_dir / runs[1].key
-        folder.mkdir(parents=True)
-        row = "1,0.1,2.0,0.25,2.1,0.625,1.5\n"
-        (folder / "history.csv").write_text(
-            "epoch,learning_rate,train_loss,train_accuracy,validation_loss,validation_accuracy,"
-            f"seconds\n{row}"
-        )
-        time.sleep(1.6)
-        text = path.read_text()
-    assert "two runs:  75%" in text and "1 of 2 runs done" in text
-    assert "seed 1: epoch 1/2, validation 62.5 %" in text
-
-
-def train_two(study: Study, runs: list[Run]) -> None:
-    train_all(runs, study)
-
-
-def test_an_interrupted_list_goes_on(study: Study, dataset: Dataset) -> None:
-    runs = [small(study, dataset, seed=seed, epochs=40) for seed in (0, 1)]
-    process = multiprocessing.get_context("spawn").Process(target=train_two, args=(study, runs))
-    process.start()
-    deadline = time.monotonic() + 60
-    while not is_finished(runs[0], study) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    assert process.exitcode not in (None, 0) or is_finished(runs[1], study)
-    undisturbed = replace(study, runs_dir=study.runs_dir.parent / "undisturbed")
-    for run in runs:
-        one, other = load_or_train(run, study), load_or_train(run, undisturbed)
-        assert torch.equal(one.test_logits, other.test_logits)
-        assert one.history.drop(columns="seconds").equals(other.history.drop(columns="seconds"))
+    monkeypatch.setattr(executors, "load_or_train", there)
+    study = replace(small_study, executor="ray", cores_per_run=2, device=torch.device(device))
+    if device == "cuda":  # this machine's second one, say: a worker is shown one GPU only
+        study = replace(study, device=torch.device("cuda:1"))
+    made = [small_run(seed=seed) for seed in range(2)]
+    for run, result in train_all(made, study).items():
+        elsewhere = load_or_train(run, replace(small_study, runs_dir=tmp_path / "machine"))
+        assert result.folder == study.runs_dir / run.key
+        assert differing(elsewhere, result) == []
+        assert runs.read_run(result.folder / "run.json") == run
+    assert asked == [need]
