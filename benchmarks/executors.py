@@ -75,7 +75,7 @@ def markdown(tiny: bool = False) -> str:
     """Measure (about ten minutes on two cores) and return this section of RESULTS.md."""
     train_size, epochs, rounds = (40, 1, 1) if tiny else (1000, 5, ROUNDS)
     contenders = {LOCAL: "local", "processes, 1 core a run": "processes"}
-    if importlib.util.find_spec("ray"):
+    if not tiny and importlib.util.find_spec("ray"):
         contenders["Ray, 1 core a run"] = "ray"
     times: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     names = list(contenders)

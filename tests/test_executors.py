@@ -1,6 +1,6 @@
 """Many runs: in this process, in several, or by Ray, with the same results and one progress bar.
 
-Without Ray its tests are skipped; `make test-scale` installs it and runs them.
+Without Ray its test is skipped.
 """
 
 from __future__ import annotations
@@ -118,11 +118,11 @@ def test_progress_goes_into_a_file_and_tells_of_the_run_in_training(
         deadline = time.monotonic() + 60
         while "runs done" not in path.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
-        line = path.read_text().split("\r")[-1]
+        line = path.read_text().splitlines()[-1]
     assert line.startswith("dropout:  50% |")
     assert "1 of 3 runs done; simple_cnn, test, seed 1: epoch 1/2, validation " in line
     train_all([done, half, new], study, title="again")
-    assert path.read_text().startswith("\ragain:  25% |")  # of the two that were missing
+    assert path.read_text().split()[:2] == ["again:", "25%"]  # of the two that were missing
     path.write_text("as it was")
     train_all([done, half, new], study)  # nothing is missing: nothing is told
     assert path.read_text() == "as it was"
@@ -144,10 +144,16 @@ def test_a_bar_is_shown_on_the_terminal_only_if_wanted(
 
 @pytest.mark.parametrize("executor", ["processes", "ray"])
 def test_several_processes_give_the_results_of_one_and_a_failure_stops_no_other(
-    small_study: Study, small_run: MakeRun, tmp_path: Path, differing: Differing, executor: str
+    request: pytest.FixtureRequest,
+    small_study: Study,
+    small_run: MakeRun,
+    tmp_path: Path,
+    differing: Differing,
+    executor: str,
 ) -> None:
     if executor == "ray":
-        pytest.importorskip("ray", reason="Ray isn't installed; `make test-scale` installs it")
+        ray = pytest.importorskip("ray", reason="Ray isn't installed: pip install '.[ray]'")
+        request.addfinalizer(ray.shutdown)
     study = replace(small_study, executor=executor)
     good = small_run()
     diverging = replace(good, recipe=replace(good.recipe, learning_rate=1e30))
@@ -182,7 +188,7 @@ def test_results_of_other_machines_are_brought_here(
     need: dict[str, int],
 ) -> None:
     """A stand-in for Ray runs here what it is given, as a machine with folders of its own."""
-    asked: list[dict[str, int]] = []
+    asked, threads = [], []
 
     class Backend(SequentialBackend):
         def __init__(self, ray_remote_args: dict[str, int], **options: Any) -> None:
@@ -203,10 +209,10 @@ def test_results_of_other_machines_are_brought_here(
         if executors.is_finished(run, study):
             return load_or_train(run, study)
         assert study.device == torch.device(device)
-        machine = replace(small_study, runs_dir=tmp_path / "machine")
-        return load_or_train(run, machine)
+        return load_or_train(run, replace(small_study, runs_dir=tmp_path / "machine"))
 
     monkeypatch.setattr(executors, "load_or_train", there)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     study = replace(small_study, executor="ray", cores_per_run=2, device=torch.device(device))
     if device == "cuda":  # this machine's second one, say: a worker is shown one GPU only
         study = replace(study, device=torch.device("cuda:1"))
@@ -216,4 +222,4 @@ def test_results_of_other_machines_are_brought_here(
         assert result.folder == study.runs_dir / run.key
         assert differing(elsewhere, result) == []
         assert runs.read_run(result.folder / "run.json") == run
-    assert asked == [need]
+    assert asked == [need] and threads == [2, 2]
