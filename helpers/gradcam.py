@@ -207,9 +207,8 @@ def cam(
         explain = functools.partial(_explain, model, names, METHODS[method], size, normalise)
         parts = zip(*map(explain, images.split(at_once), targets), strict=True)
         logits, targets, *rest = (None if x[0] is None else torch.cat(x) for x in parts)
-    maps, all_zero = rest[:2]
-    if several:
-        maps, all_zero = (dict(zip(names, rest[i::2], strict=True)) for i in (0, 1))
+    by_layer = (dict(zip(names, rest[i::2], strict=True)) for i in (0, 1))
+    maps, all_zero = by_layer if several else rest
     return CamResult(maps, logits, targets, all_zero)
 
 
@@ -293,8 +292,9 @@ def _forward(model, names, images, record):
     kept = {}
 
     def keep(name, _module, _inputs, output):
-        if not isinstance(output, Tensor) or output.ndim != 4 or output[0, 0].numel() == 1:
-            expected = "N x C x h x w above 1 x 1: choose an earlier, convolutional layer"
+        fits = isinstance(output, Tensor) and output.ndim == 4 and len(output) == len(images)
+        if not fits or output[0, 0].numel() == 1:
+            expected = f"{len(images)} x C x h x w above 1 x 1: take an earlier convolutional layer"
             raise ValueError(f"layer {name!r} puts out {_shown(output)}; expected {expected}.")
         torch.set_grad_enabled(record)
         # Both copies matter: later operations in place would otherwise change the kept
@@ -311,6 +311,8 @@ def _forward(model, names, images, record):
         try:
             logits = model(images.contiguous(memory_format=torch.channels_last) if fast else images)
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             if "view size is not compatible" not in str(error):
                 raise ValueError(f"the model fails on {_shown(images)}: {error}") from error
             logits = model(images)  # a network that flattens with view can't take channels_last
@@ -327,15 +329,13 @@ def _from_gradients(rule, leaves, activations, scores):
         # Images don't mix in evaluation mode, so one sum has the gradients of all of them.
         totals = scores.sum(0).unbind()
     for total in totals:
-        gradients, more = [None] * len(leaves), total is not totals[-1]
+        found, more = [None] * len(leaves), total is not totals[-1]
         if total.requires_grad:
-            gradients = torch.autograd.grad(
-                total, [*leaves.values()], None, more, allow_unused=True
-            )
-        for (name, a), gradient in zip(activations.items(), gradients, strict=True):
+            found = torch.autograd.grad(total, [*leaves.values()], None, more, allow_unused=True)
+        for (name, a), gradient in zip(activations.items(), found, strict=True):
             if gradient is None:
-                cause = "nor any that a later no_grad, detach or argmax cuts off"
-                raise ValueError(f"the score doesn't depend on {name!r}; choose another, {cause}.")
+                cause = "it isn't used, or cut off by a later no_grad, detach or argmax"
+                raise ValueError(f"the score doesn't depend on {name!r} ({cause}): choose another.")
             with torch.autocast(scores.device.type, enabled=False):
                 maps[name].append(rule(a, _wide(gradient)))
     return maps
@@ -382,9 +382,9 @@ def _layer_name(model, layer):
 
 
 def _listed(model):
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    names = [name for name, m in _unwrap(model).named_modules() if isinstance(m, nn.Conv2d)]
     stages = dict.fromkeys(name.split(".")[0] for name in names if "." in name)
-    return f"Candidates: {', '.join([*stages, *names[-10:]])}."
+    return f"Candidates: {', '.join([*stages, *names[-10:]]) or 'none, no 2-D convolution'}."
 
 
 def _checked(model, images, target):

@@ -167,9 +167,12 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def fits(device: torch.device, size: float) -> bool:
     """Tell whether so many bytes take less than half of the memory that is free on a device.
 
-    In main memory they lie anyway.
+    Blocks that torch keeps for later are free, too. In main memory images lie anyway.
     """
-    return device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] / 2
+    if device.type != "cuda":
+        return True
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return size < (torch.cuda.mem_get_info(device)[0] + kept) / 2
 
 
 @dataclass(frozen=True)
@@ -203,10 +206,10 @@ class Loader:
         padding = round(self.augmentation.crop_padding * size / 32)
         if fits(self.device, images.numel() * (1 + 2 * padding / size) ** 2):
             images = images.to(self.device)
-        if padding:
-            # Torch reflects floating-point images only; in parts, the copies stay small.
-            parts = (F.pad(p.float(), (padding,) * 4, mode="reflect") for p in images.split(8192))
-            images = torch.cat([part.to(torch.uint8) for part in parts])
+        if padding:  # by index: torch reflects floating-point images only, four times as large
+            places = torch.arange(-padding, size + padding, device=images.device).abs()
+            places = torch.where(places < size, places, 2 * (size - 1) - places)
+            images = images[:, :, places[:, None], places]
         return images.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

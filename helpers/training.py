@@ -10,14 +10,15 @@ synchronisation inside an epoch, and on CUDA a network compiled once into CUDA g
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import hashlib
 import io
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,18 @@ def compiled(model: nn.Module) -> Forward:
 # --- The loop ----------------------------------------------------------------------------------
 
 
+def keep_memory() -> None:
+    """Have the C library keep freed memory, for the rest of the process.
+
+    Else glibc gives large tensors back to the system and gets their pages anew in every step.
+    Elsewhere nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped apart
+        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap isn't made smaller
+
+
 def set_training_mode(model: nn.Module) -> None:
     """Put a network in training mode, but for batch norms whose parameters are frozen.
 
@@ -294,6 +307,7 @@ def train(
     if recipe.batch_size > len(dataset.train):
         most = len(dataset.train)
         raise ValueError(f"batch_size is {recipe.batch_size}; expected at most {most}, all images")
+    keep_memory()
     model.to(device, memory_format=torch.channels_last)  # all channels of a pixel together
     forward = compiled(model) if device.type in COMPILED_DEVICES else model
     # float16's small range needs a scaled loss; bfloat16 and float32 don't.
@@ -324,7 +338,7 @@ def train(
     return state
 
 
-@contextmanager
+@contextlib.contextmanager
 def repeatable(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators, from which dropout draws, and put them back afterwards."""
     cudnn = torch.backends.cudnn.flags(
@@ -335,7 +349,7 @@ def repeatable(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def explained_out_of_memory(model: nn.Module, recipe: Recipe, dataset: Dataset) -> Iterator[None]:
     """Raise OutOfMemory, with advice, where torch says that memory ran out."""
     try:

@@ -700,6 +700,9 @@ def test_wrong_layers_methods_and_outputs():
         cam(model, IMAGES, layers="fc")
     with pytest.raises(ValueError, match="above 1 x 1"):
         cam(model, IMAGES[:, :, :4, :4], layers="layer3")
+    doubled = Function(lambda self, x: self.net(x.repeat(2, 1, 1, 1))[: len(x)], net=SmallNet())
+    with pytest.raises(ValueError, match="expected 4 x C"):  # rows that are no longer the images
+        cam(doubled, IMAGES, layers="net.layer3")
     with pytest.raises(ValueError, match="grad-cam, grad-cam"):
         cam(model, IMAGES, method="gradcam")
     with pytest.raises(ValueError, match="'input' or 'layer'"):
