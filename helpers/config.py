@@ -76,8 +76,9 @@ class Profile:
     """How much work a study does. It never changes which code runs.
 
     Sizes are numbers of images (None: all there are), `image_size` is in pixels (None: the
-    dataset's own), `width` multiplies every network's channel counts, `batch_size` caps the
-    recipe's, and every comparison is repeated once for each of `seeds`.
+    dataset's own), `width` multiplies every network's channel counts, `recipe` is that of
+    `helpers.recipes.RECIPES` which fits so much training, `batch_size` caps the recipe's, and every
+    comparison is repeated once for each of `seeds`.
     """
 
     name: str
@@ -87,16 +88,17 @@ class Profile:
     image_size: int | None
     width: float
     epochs: int
+    recipe: str
     batch_size: int
     seeds: tuple[int, ...]
     default_dataset: str
 
 
 _ALL = (
-    Profile("smoke", 120, 40, 60, 16, 0.125, 2, 20, (0, 1), "shapes"),
-    Profile("quick", 2500, 500, 1000, 24, 0.25, 8, 64, (0, 1), "shapes"),
-    Profile("long", 6000, 1000, 2000, 32, 0.25, 12, 64, (0, 1), "cifar10"),
-    Profile("full", None, None, None, None, 1.0, 60, 512, (0, 1, 2), "cifar10"),
+    Profile("smoke", 120, 40, 60, 16, 0.125, 2, "fast", 20, (0, 1), "shapes"),
+    Profile("quick", 6000, 500, 1000, 20, 0.25, 6, "quick", 32, (0, 1), "shapes"),
+    Profile("long", None, None, None, 32, 0.25, 24, "long", 128, (0, 1, 2), "cifar10-jpeg"),
+    Profile("full", None, None, None, None, 1.0, 60, "fast", 512, (0, 1, 2), "cifar10"),
 )
 PROFILES = {profile.name: profile for profile in _ALL}
 

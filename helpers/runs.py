@@ -174,11 +174,11 @@ def check_source(run: Run, start: Transfer | Pruning) -> None:
 def make_run(study: Study, dataset: Dataset, model: str, *, seed: int, **changes: Any) -> Run:
     """Return the Run of a model on a dataset in a study: the profile's width and epochs.
 
-    The recipe is `fast`, its batch capped by the profile's and by the training images there are.
+    So is the recipe, its batch capped by the profile's and by the training images there are.
     `changes` replaces fields of the Run.
     """
     profile = study.profile
-    recipe = changes.pop("recipe", RECIPES["fast"])
+    recipe = changes.pop("recipe", RECIPES[profile.recipe])
     batch_size = min(recipe.batch_size, profile.batch_size, len(dataset.train))
     fields = {
         "epochs": profile.epochs,
