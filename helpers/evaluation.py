@@ -1,4 +1,4 @@
-"""What a trained network is worth: metrics, intervals and verdicts, calibration, cost.
+"""What a trained network is worth: metrics and calibration, intervals and verdicts, cost.
 
 Everything here takes logits and labels (or a network to time) and knows nothing of runs.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,8 @@ from helpers.data import Split
 from helpers.loader import normalise
 
 BATCH = 500  # images in one forward pass at most
+LEVEL, RESAMPLES = 0.95, 2000  # of intervals
+SMALLEST_DIFFERENCE = 0.005  # half a point of accuracy: what is smaller isn't of interest
 
 
 @contextmanager
@@ -44,19 +46,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
-    split: Split,
-    mean: Tensor,
-    std: Tensor,
-    *,
-    dtype: torch.dtype = torch.float32,
-    flip: bool = False,
+    model: nn.Module, split: Split, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return the logits N x K (float32, on the CPU) of all images of a split, in its order.
 
     The model is in evaluation mode for the time of the call. With a `dtype` below float32 the
-    forward pass runs under autocast. `flip` shows each image flipped left to right: the mean of
-    both logits is flip test-time augmentation, to be reported apart.
+    forward pass runs under autocast.
     """
     device = next(model.parameters()).device
     at_once = images_at_once(device, *split.images.shape[-2:], BATCH)
@@ -65,12 +60,8 @@ def predict(
         for images in split.images.split(at_once):
             batch = normalise(images.to(device), mean, std)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                out = model(batch.flip(-1) if flip else batch)
-            logits.append(out.float())
+                logits.append(model(batch).float())
     return torch.cat(logits).cpu()
-
-
-# --- Metrics -----------------------------------------------------------------------------------
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -80,15 +71,13 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     predicted counts with precision 0.
     """
     predicted, classes = logits.argmax(1), range(logits.shape[1])
-    precision, recall, f1, _ = precision_recall_fscore_support(
+    *macro, _ = precision_recall_fscore_support(
         labels.numpy(), predicted.numpy(), labels=classes, average="macro", zero_division=0
     )
     return {
         "accuracy": float((predicted == labels).double().mean()),
         "loss": float(F.cross_entropy(logits.double(), labels)),
-        "precision": float(precision),
-        "recall": float(recall),
-        "f1": float(f1),
+        **dict(zip(("precision", "recall", "f1"), map(float, macro), strict=True)),
         "calibration_error": expected_calibration_error(logits, labels),
     }
 
@@ -113,9 +102,6 @@ def robustness(
     return (logits.argmax(1) == every.labels).double().view(shape).numpy()
 
 
-# --- Calibration -------------------------------------------------------------------------------
-
-
 def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> pd.DataFrame:
     """Return how sure and how right a network is in each of `bins` equal bins of confidence.
 
@@ -131,9 +117,9 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> pd.DataFrame:
     return by_bin.reindex(range(bins)).fillna({"images": 0})
 
 
-def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Return the mean gap between confidence and accuracy over bins (Guo et al., equation 3)."""
-    table = reliability(logits, labels, bins)
+def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Return the mean gap of confidence and accuracy over 15 bins (Guo et al., equation 3)."""
+    table = reliability(logits, labels)
     gap = (table["accuracy"] - table["confidence"]).abs()
     return float((table["images"] * gap).sum() / len(labels))
 
@@ -144,12 +130,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     `logits` (N x K) and `labels` (N) are those of the validation split. T minimises their
     cross-entropy, which is convex in 1/T: its slope has one zero at most (Guo et al., section
     4.2). At 0.05 all were right, at 20 the logits tell nothing.
-
-    Raises ValueError without logits, or if one isn't finite.
     """
     logits = logits.double()
-    if len(logits) == 0 or not logits.isfinite().all():
-        raise ValueError(f"expected finite validation logits, found {tuple(logits.shape)}")
     true = logits.gather(1, labels[:, None])[:, 0]
 
     def slope(inverse: float) -> float:
@@ -159,11 +141,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     if slope(low) >= 0:
         return 1 / low
     return 1 / (high if slope(high) <= 0 else optimize.brentq(slope, low, high))
-
-
-# --- Intervals ---------------------------------------------------------------------------------
-
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -190,25 +167,15 @@ def percent(share: float, sign: str = "") -> str:
     return f"{rounded + 0:{sign}}"  # adding 0 makes -0.0 0.0
 
 
-def bootstrap_interval(
-    values: np.ndarray | Sequence[float], *, seed: int = 0, resamples: int = 2000
-) -> Interval:
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Return the mean of N values (images) with its percentile bootstrap interval (Efron, 1979).
 
-    For many values that are alike, not for a few seeds: of two values such an interval covers
-    half of what it says.
-
-    Raises ValueError for no values or a value that isn't finite.
+    For many values, not for a few seeds: of two, such an interval covers half of what it says.
     """
-    values = np.asarray(values, dtype=np.float64).ravel()
-    if len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(f"expected finite values to resample, found {len(values)}: {values[:5]}")
     generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for i in range(resamples):
-        means[i] = values[generator.integers(0, len(values), len(values))].mean()
+    means = [generator.choice(values, len(values)).mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(values.mean()), float(low), float(high), len(values))
+    return Interval(float(np.mean(values)), float(low), float(high), len(values))
 
 
 def seeds_intervals(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
@@ -253,11 +220,6 @@ def seeds_interval(values: np.ndarray) -> Interval:
     return seeds_intervals({"values": values})["values"]
 
 
-# --- Verdicts ----------------------------------------------------------------------------------
-
-SMALLEST_DIFFERENCE = 0.005  # half a point of accuracy: what is smaller isn't of interest
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What the measurements say of a claim: a word, and a line that gives the reason."""
@@ -267,7 +229,6 @@ class Verdict:
     reason: str
 
     def __str__(self) -> str:
-        """Write as one line of Markdown."""
         return f"**{self.word.capitalize()}.** {self.claim}: {self.reason}."
 
 
@@ -286,16 +247,12 @@ def verdict(
     and one that doesn't decides. Networks that weren't `trained_out` decide nothing about
     capacity: the budget was too small. `unit` "points" writes percentages, others plain numbers.
     """
-    effects = {"": effect} if isinstance(effect, Interval) else dict(effect)
-
-    def written(value: float, sign: str = "") -> str:
-        return percent(value, sign) if unit == "points" else f"{value:{sign}.2f}"
-
-    reason = "; ".join(
-        f"{name + ' ' if name else ''}{written(e.mean, '+')}{' ' + unit if unit else ''} "
-        f"[{written(e.low, '+')}, {written(e.high, '+')}]"
-        for name, e in effects.items()
-    )
+    effects = {"": effect} if isinstance(effect, Interval) else effect
+    written = (lambda x: percent(x, "+")) if unit == "points" else "{:+.2f}".format
+    parts = []
+    for name, e in effects.items():
+        mean, low, high = map(written, (e.mean, e.low, e.high))
+        parts.append(f"{name} {mean} {unit}".strip() + f" [{low}, {high}]")
     if not trained_out:
         word = "budget too small"
     elif all(e.low >= smallest for e in effects.values()):
@@ -304,16 +261,13 @@ def verdict(
         word = "does not hold"
     else:
         word = "not decided"
-    return Verdict(claim, word, reason)
-
-
-# --- Cost --------------------------------------------------------------------------------------
+    return Verdict(claim, word, "; ".join(parts))
 
 
 def multiply_adds(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
-    """Return the multiply-adds of one image's forward pass (convolutions and linear layers).
+    """Return the multiply-adds of an image's forward pass in convolutions and linear layers.
 
-    Counted by torch's own FLOP counter, which counts a multiply-add as two operations.
+    They are half of what torch's FLOP counter counts.
     """
     first = next(model.parameters())
     image = torch.zeros(1, in_channels, image_size, image_size, device=first.device)
@@ -323,17 +277,8 @@ def multiply_adds(model: nn.Module, image_size: int, in_channels: int = 3) -> in
     return counter.get_total_flops() // 2
 
 
-class Timing(NamedTuple):
-    """Median and spread (minimum and maximum) of repeated timings, in seconds."""
-
-    median: float
-    low: float
-    high: float
-    repeats: int
-
-
-def measure(call: Callable[[], object], *, repeats: int = 7, device: torch.device) -> Timing:
-    """Time a call after two to warm up, waiting for the device to finish each."""
+def measure(call: Callable[[], object], *, repeats: int = 7, device: torch.device) -> float:
+    """Return the median seconds of a call after two to warm up; each ends as the device does."""
     times = []
     for _ in range(2 + repeats):
         start = time.perf_counter()
@@ -341,16 +286,14 @@ def measure(call: Callable[[], object], *, repeats: int = 7, device: torch.devic
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    times = times[2:]
-    return Timing(statistics.median(times), min(times), max(times), repeats)
+    return statistics.median(times[2:])
 
 
 @torch.inference_mode()
-def latency(model: nn.Module, image_size: int, batch_size: int = 1, repeats: int = 7) -> Timing:
-    """Time the forward pass of a batch in float32 on the model's device, in evaluation mode."""
+def latency(model: nn.Module, image_size: int, batch_size: int = 1, repeats: int = 7) -> float:
+    """Return the seconds of a batch's forward pass in float32, on the model's device."""
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, image_size, image_size, generator=generator).to(device)
+    images = torch.ones(batch_size, 3, image_size, image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     with evaluation_mode(model):
         return measure(lambda: model(images), repeats=repeats, device=device)

@@ -1,8 +1,8 @@
 """The study's figures: a few general functions, each of which returns a matplotlib Figure.
 
-A network has the same colour in every figure, other lines have theirs by their place. What is
-uncertain comes as an `Interval`; with `percent` shares are shown times 100. Bars and simple tables
-are plotted with pandas, in the notebooks.
+They take values by panel's title, then by name. A network has the same colour in every figure,
+other names have theirs by their place. What is uncertain comes as an `Interval`; with `percent`
+shares are shown times 100. What is drawn only once is drawn in its notebook.
 """
 
 from __future__ import annotations
@@ -20,21 +20,17 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
-from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from helpers import evaluation
 from helpers.config import Study
 from helpers.evaluation import Interval
 
-# Values by panel's title; see the functions.
-Points = Mapping[str, Mapping[str, tuple[float, Interval]]]
-Tables = Mapping[str, pd.DataFrame]
-
+Picture = Tensor | np.ndarray
 PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vP<>X"
 LARGEST_FIGURE = 300_000  # bytes: figures are committed, so they stay small
-STEPS = (1, 2, 5, 10)  # of ticks, times a power of ten
+STEPS = (1, 2, 5, 10)  # between ticks, times a power of ten
 
 # How the networks are called, and those that keep their colour in every figure.
 MODEL_TITLES = {"simple_cnn": "SimpleCNN"} | {
@@ -110,44 +106,42 @@ def _finish(
         found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if len(found) > 1:
         fitting = int(12 * figure.get_figwidth() / (max(map(len, found)) + 6))  # by characters
-        how = {"ncols": max(1, min(len(found), fitting)), "fontsize": 8.5}
-        figure.legend(found.values(), found, loc="outside upper center", **how)
+        columns = max(1, min(len(found), fitting))
+        figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(found) // columns))
+        where = {"loc": "outside upper center", "ncols": columns, "fontsize": 8.5}
+        figure.legend(found.values(), found, **where)
     return figure
 
 
 def intervals(
-    values: Mapping[str, Any],
+    values: Mapping[str, Mapping[str, Interval | Mapping[str, Interval]]],
     *,
     label: str,
-    title: str = "",
     percent: bool = True,
     reference: float | None = None,
-    columns: int = 3,
 ) -> Figure:
-    """Show means as points with their 95 % intervals as whiskers, one row a name.
+    """Show means as points with their 95 % intervals as whiskers, a panel a title, a row a name.
 
-    `values` is {name: Interval}, {panel: {name: Interval}} or {panel: {name: {group: Interval}}},
-    where groups are colours ("control" is grey). `label` says what is measured, in which unit.
-    `reference` is a value at which a dashed line is drawn.
+    `values` is {title: {name: Interval}} or {title: {name: {group: Interval}}}, where groups are
+    colours ("control" is grey). `label` says what is measured, in which unit. `reference` is a
+    value at which a dashed line is drawn.
     """
-    if isinstance(next(iter(values.values())), Interval):
-        values, title = {title: values}, ""
-    values = {
-        panel: {n: {"": v} if isinstance(v, Interval) else v for n, v in rows.items()}
-        for panel, rows in values.items()
+    grouped = {
+        title: {n: {"": v} if isinstance(v, Interval) else v for n, v in rows.items()}
+        for title, rows in values.items()
     }
-    names = list(dict.fromkeys(name for rows in values.values() for name in rows))
-    styles = _styles(groups for rows in values.values() for groups in rows.values())
-    columns, height = min(columns, len(values)), (0.32 + 0.08 * len(styles)) * len(names) + 1
-    figure, axes_list = panels(len(values), columns, max(2.4, 9 / (columns + 0.3)), height)
-    for axes, rows in zip(axes_list, values.values(), strict=True):
+    names = list(dict.fromkeys(name for rows in grouped.values() for name in rows))
+    styles = _styles(groups for rows in grouped.values() for groups in rows.values())
+    count, height = len(grouped), (0.32 + 0.08 * len(styles)) * len(names) + 1
+    figure, axes_list = panels(count, count, max(2.4, 9 / (count + 0.3)), height)
+    for axes, rows in zip(axes_list, grouped.values(), strict=True):
         for name, groups in rows.items():
             for i, (group, value) in enumerate(groups.items()):
                 y = names.index(name) + 0.6 * ((i + 0.5) / len(groups) - 0.5)
                 mean, reach = _whiskers([value], percent)
                 look = {"ls": "", "capsize": 2.5, "label": literal(group), **styles[group]}
                 axes.errorbar(mean, y, xerr=reach, **look)
-                if len(values) == len(styles) == 1:
+                if count == len(styles) == 1:
                     text = evaluation.percent(value.mean) if percent else f"{value.mean:.3g}"
                     axes.annotate(text, (mean[0], y - 0.12), ha="center", va="bottom", fontsize=8)
         if reference is not None:
@@ -155,10 +149,9 @@ def intervals(
         shown = names if axes.get_subplotspec().is_first_col() else [""] * len(names)
         axes.set_yticks(range(len(names)), map(literal, shown))
         axes.set_ylim(len(names) - 0.4, -0.7)
-        axes.xaxis.set_major_locator(MaxNLocator(7 if columns == 1 else 5, steps=STEPS))
+        axes.xaxis.set_major_locator(MaxNLocator(7 if count == 1 else 5, steps=STEPS))
     figure.supxlabel(label, fontsize=10)
-    figure.suptitle(title, fontsize=11, fontweight="bold")
-    return _finish(figure, values, "", "")
+    return _finish(figure, grouped, "", "")
 
 
 def interval_curves(
@@ -169,7 +162,6 @@ def interval_curves(
     percent: bool = True,
     log_x: bool = False,
     reference: float | Mapping[str, Interval] | None = None,
-    columns: int = 2,
 ) -> Figure:
     """Show intervals against a number, {title: {line: {x: Interval}}}, a panel a title.
 
@@ -177,74 +169,30 @@ def interval_curves(
     a band. A line without points keeps its colour for the figures in which it has some.
     """
     styles = _styles(values.values())
-    figure, axes_list = panels(len(values), columns, 4.4, 2.8)
-    xs = sorted({x for lines in values.values() for line in lines.values() for x in line})
+    figure, axes_list = panels(len(values), 2, 4.4, 2.8)
     for axes, (title, lines) in zip(axes_list, values.items(), strict=True):
-        for i, (name, line) in enumerate(lines.items()):
+        drawn = {name: line for name, line in lines.items() if line}
+        for i, (name, line) in enumerate(drawn.items()):
             # Side by side, so that the whiskers of several lines can be told apart.
-            beside, x = (i - (len(lines) - 1) / 2) * (len(line) > 1), np.array(list(line), float)
-            x = x * 1.04**beside if log_x else x + 0.012 * np.ptp(xs) * beside
+            beside, x = (i - (len(drawn) - 1) / 2) * (len(line) > 1), np.array(list(line), float)
+            x = x * 1.04**beside if log_x else x + 0.012 * np.ptp(x) * beside
             mean, reach = _whiskers(line.values(), percent)
             look = {"ms": 4.5, "lw": 1.3, "elinewidth": 1, "capsize": 2, "label": literal(name)}
-            axes.errorbar(x, mean, yerr=reach, **(look if line else {}), **styles[name])
+            axes.errorbar(x, mean, yerr=reach, **look, **styles[name])
         if reference is not None:
-            fixed = isinstance(reference, float | int)
-            known = Interval(*[reference] * 3, 1) if fixed else reference[title]
+            by_title = isinstance(reference, Mapping)
+            known = reference[title] if by_title else Interval(*[reference] * 3, 1)
             (at,), ((below,), (above,)) = _whiskers([known], percent)
             axes.axhspan(at - below, at + above, color="0.5", alpha=0.25, lw=0)
             axes.axhline(at, color="0.35", lw=1.1, ls="--", zorder=1)
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=all(x % 1 == 0 for x in xs)))
-        if log_x:
-            axes.set_xscale("log")
-            axes.set_xticks(xs, [f"{x:,g}" for x in xs], fontsize=8)
-            axes.xaxis.set_minor_locator(NullLocator())
-    return _finish(figure, values, xlabel, ylabel, share_y=True)
-
-
-def points(
-    values: Points, *, xlabels: Mapping[str, str], ylabel: str, log_x: bool = True, columns: int = 2
-) -> Figure:
-    """Show shares as labelled points against what they cost, {title: {name: (x, Interval)}}.
-
-    Means and 95 % intervals are shown in per cent; `xlabels[title]` names the x axis and its unit.
-    """
-    lines = {title: {n: {x: v} for n, (x, v) in named.items()} for title, named in values.items()}
-    figure = interval_curves(lines, xlabel=xlabels, ylabel=ylabel, columns=columns)
-    figure.legends.clear()
-    for axes in figure.axes:
         axes.set_xscale("log" if log_x else "linear")
-        axes.margins(x=0.2)
-        low, high = axes.get_xlim()
-        if log_x and high / low < 50:  # too narrow for powers of ten
-            axes.xaxis.set_major_locator(LogLocator(subs=STEPS[:3]))
-            axes.xaxis.set_major_formatter("{x:,.10g}")
-            axes.xaxis.set_minor_locator(NullLocator())
-    figure.draw_without_rendering()  # where things stand on paper is known only now
-    for axes, named in zip(figure.axes, values.values(), strict=True):
-        _label_points(axes, named)
-    return figure
-
-
-def _label_points(axes: Axes, named: Mapping[str, tuple[float, Interval]]) -> None:
-    """Write names near points, where the fewest names and whiskers are in the way."""
-    scale = 72 / axes.figure.dpi  # lengths in points
-    spots, taken = {}, []
-    for name, (x, v) in named.items():
-        ends = [(x, 100 * v.mean), (x, 100 * v.low), (x, 100 * v.high)]
-        spots[name], low, high = scale * axes.transData.transform(ends)
-        taken.append(Bbox([low - 4, high + 4]))
-    left, right = scale * axes.bbox.x0, scale * axes.bbox.x1
-    how = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 7.5}
-    how["arrowprops"] = {"arrowstyle": "-", "lw": 0.6, "color": "0.5", "shrinkB": 3}
-    for name, (x, v) in named.items():
-        half, spot = np.array([2.2 * len(name), 5]), spots[name]
-        sides = ((1, 0), (-1, 0), (-1, 1), (1, -1), (1, 1), (-1, -1))
-        steps = [(x * (r + half[0]), y * r) for r in (7, 12, 18, 25, 33) for x, y in sides]
-        boxes = [Bbox([spot + step - half, spot + step + half]) for step in steps]
-        crossed = [sum(map(b.overlaps, taken)) + (b.x0 < left or b.x1 > right) for b in boxes]
-        best = int(np.argmin(crossed))
-        taken.append(boxes[best])
-        axes.annotate(literal(name), (x, 100 * v.mean), steps[best], **how)
+        left, right = axes.get_xlim()
+        by_factors = log_x and right > 10 * left  # in less there would be too few ticks
+        ticks = LogLocator(subs=STEPS[:3]) if by_factors else MaxNLocator(5, steps=STEPS)
+        axes.xaxis.set_major_locator(ticks)
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    return _finish(figure, values, xlabel, ylabel, share_y=True)
 
 
 def curves(
@@ -287,57 +235,33 @@ def curves(
     return _finish(figure, values, xlabel, ylabel, share_y)
 
 
-def matrix(
-    tables: Tables, *, xlabel: str, ylabel: str, percent: bool = True, columns: int = 2
-) -> Figure:
-    """Show tables, {title: DataFrame}, as heatmaps with one scale.
+def matrix(tables: Mapping[str, pd.DataFrame], *, xlabel: str, ylabel: str) -> Figure:
+    """Show tables of shares, {title: DataFrame}, as heatmaps in per cent with one scale.
 
     Names and numbers are written if there are 20 rows and columns at most.
     """
-    tables = {title: table * (100 if percent else 1) for title, table in tables.items()}
+    tables = {title: 100 * table for title, table in tables.items()}
     height, width = next(iter(tables.values())).shape
     few, digits = max(height, width) <= 20, 1 if width <= 5 else 0
     size = [1.2 + 0.36 * min(max(n, 5), 10) for n in (width, height)]
-    figure, axes_list = panels(len(tables), columns, *size)
+    figure, axes_list = panels(len(tables), 2, *size)
     low, high = (f([f(table) for table in tables.values()]) for f in (np.min, np.max))
     look = {"cmap": "mako_r", "vmin": low, "vmax": high, "cbar": False, "fmt": ""}
     look |= {"annot_kws": {"fontsize": 7.5}, "xticklabels": few, "yticklabels": few}
     for axes, table in zip(axes_list, tables.values(), strict=True):
-        written = (
-            table.map(lambda x: f"{x:.{digits}f}" if digits or x >= 0.5 else "") if few else False
-        )
-        sns.heatmap(table.rename(index=literal, columns=literal), annot=written, ax=axes, **look)
+        numbers = table.map(lambda x: f"{x:.{digits}f}" if digits or x >= 0.5 else "")
+        named = table.rename(index=literal, columns=literal)
+        sns.heatmap(named, annot=numbers if few else False, ax=axes, **look)
         axes.tick_params(labelsize=8, length=0)
         axes.tick_params(axis="y", rotation=0)
     _finish(figure, tables, xlabel, ylabel)
     bar = figure.colorbar(axes_list[0].collections[0], ax=axes_list, shrink=0.7, aspect=30)
-    bar.ax.set_title("%" if percent else "", fontsize=8)
+    bar.ax.set_title("%", fontsize=8)
     return figure
 
 
-def reliability(tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> Figure:
-    """Show accuracy against confidence: a panel a network, a line for each of its tables.
-
-    `tables[network][name]` comes from `evaluation.reliability`. The larger a point, the more
-    images have that confidence; on the dashed diagonal a network is as right as it is sure.
-    """
-    styles = _styles(tables.values())
-    figure, axes_list = panels(len(tables), 3, 3.7, 3.4)
-    for axes, by_name in zip(axes_list, tables.values(), strict=True):
-        axes.plot([0, 1], [0, 1], color="0.5", lw=1, ls="--", zorder=0)
-        for name, table in by_name.items():
-            filled = table[table["images"] > 0]
-            x, y = filled["confidence"], filled["accuracy"]
-            axes.plot(x, y, color=styles[name]["color"], lw=1, label=literal(name))
-            size = 8 + 500 * filled["images"] / filled["images"].sum()
-            axes.scatter(x, y, s=size, alpha=0.6, **styles[name])
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    return _finish(figure, tables, "confidence", "accuracy")
-
-
 def images(
-    rows: Sequence[Sequence[Tensor | np.ndarray]],
+    rows: Sequence[Sequence[Picture]],
     titles: Sequence[Sequence[str]] | None = None,
     *,
     row_labels: Sequence[str] = (),
@@ -371,19 +295,17 @@ def images(
     return figure
 
 
-def to_rgb(image: Tensor | np.ndarray) -> np.ndarray:
+def to_rgb(image: Picture) -> np.ndarray:
     """Return H x W x 3 from a 3 x H x W tensor; arrays pass."""
     return image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image
 
 
-def enlarge(image: Tensor | np.ndarray, side: int = 128) -> np.ndarray:
+def enlarge(image: Picture, side: int = 128) -> np.ndarray:
     """Enlarge a uint8 image to `side` pixels without smoothing, so that overlays look crisp."""
     return cv2.resize(to_rgb(image).copy(), (side, side), interpolation=cv2.INTER_NEAREST)
 
 
-def overlay(
-    image: Tensor | np.ndarray, heat: Tensor | np.ndarray, alpha: float = 0.5
-) -> np.ndarray:
+def overlay(image: Picture, heat: Picture, alpha: float = 0.5) -> np.ndarray:
     """The map in viridis over the image, uint8 RGB H x W x 3; `alpha` is the share of the map.
 
     The image is H x W x 3 or 3 x H x W, uint8 or in [0, 1]; the map H x W (enlarged to the image),

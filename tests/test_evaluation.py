@@ -75,56 +75,33 @@ def test_metrics_by_hand() -> None:
     assert found["calibration_error"] == pytest.approx(sum(gaps) / 6, rel=1e-5)
 
 
-def test_a_class_without_images_still_counts() -> None:
-    found = metrics(logits_of([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]), torch.tensor([0, 1]))
-    assert found["accuracy"] == 1
-    assert found["recall"] == pytest.approx(2 / 3)
-
-
-def test_perfect_predictions() -> None:
-    logits = torch.eye(4) * 100
-    found = metrics(logits, torch.arange(4))
-    assert found == {
-        "accuracy": 1,
-        "loss": pytest.approx(0, abs=1e-9),
-        "precision": 1,
-        "recall": 1,
-        "f1": 1,
-        "calibration_error": pytest.approx(0, abs=1e-9),
-    }
-
-
-def test_loss_survives_extreme_logits() -> None:
-    found = metrics(torch.tensor([[3e4, -3e4]]), torch.tensor([1]))
-    assert found["loss"] == pytest.approx(6e4)
+def test_perfect_predictions_and_a_class_without_images() -> None:
+    perfect = metrics(torch.eye(4) * 100, torch.arange(4))
+    best = {"loss": 0, "calibration_error": 0}
+    assert perfect == pytest.approx(dict.fromkeys(perfect, 1) | best, abs=1e-9)
+    two_of_three = metrics(torch.eye(3)[:2] * 100, torch.arange(2))
+    assert two_of_three["accuracy"] == 1
+    assert two_of_three["recall"] == pytest.approx(2 / 3)  # of no images none are found
+    extreme = metrics(torch.tensor([[3e4, -3e4]]), torch.tensor([1]))
+    assert extreme["loss"] == pytest.approx(6e4)
 
 
 @pytest.mark.parametrize(
-    ("confidences", "right", "bins", "expected"),
+    ("confidences", "right", "expected"),
     [
-        ([0.8] * 5, [1, 1, 1, 1, 0], 15, 0.0),  # 80 % sure and 80 % right
-        ([0.9] * 4, [0, 0, 0, 0], 15, 0.9),
-        ([1.0] * 4, [1, 1, 0, 0], 15, 0.5),  # full confidence belongs to the last bin
-        ([0.55, 0.95], [1, 0], 15, (0.45 + 0.95) / 2),  # gaps in two bins don't cancel
-        ([0.55, 0.95], [1, 0], 1, 0.25),  # in one bin they do
-        ([0.55, 0.95], [1, 0], 2, 0.25),
+        ([0.8] * 5, [1, 1, 1, 1, 0], 0.0),  # 80 % sure and 80 % right
+        ([0.9] * 4, [0, 0, 0, 0], 0.9),
+        ([1.0] * 4, [1, 1, 0, 0], 0.5),  # full confidence belongs to the last bin
+        ([0.55, 0.95], [1, 0], (0.45 + 0.95) / 2),  # gaps in two bins don't cancel
+        ([0.81, 0.85], [1, 0], 0.33),  # in one bin they do
     ],
 )
 def test_calibration_error_of_known_cases(
-    confidences: list[float], right: list[int], bins: int, expected: float
+    confidences: list[float], right: list[int], expected: float
 ) -> None:
     logits = logits_of([[p, 1 - p] for p in confidences])
-    labels = torch.tensor([0 if r else 1 for r in right])
-    found = expected_calibration_error(logits, labels, bins=bins)
+    found = expected_calibration_error(logits, 1 - torch.tensor(right))
     assert found == pytest.approx(expected, abs=1e-6)
-
-
-def test_calibration_error_vanishes_when_labels_follow_the_probabilities() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(40_000, 5, generator=generator)
-    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
-    assert expected_calibration_error(logits, labels) < 0.01
-    assert expected_calibration_error(3 * logits, labels) > 0.1
 
 
 def test_reliability_by_hand() -> None:
@@ -147,39 +124,20 @@ def test_temperature_in_closed_form(right: int, of: int, sharpness: float) -> No
     assert expected_calibration_error(logits / found, labels) == pytest.approx(0, abs=1e-6)
 
 
-def test_temperature_undoes_a_scaling_and_keeps_predictions() -> None:
+def test_temperature_undoes_a_scaling() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(40_000, 5, generator=generator)
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
     assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.02)
-    assert fit_temperature(3 * logits, labels) == pytest.approx(3, abs=0.06)
     assert fit_temperature(3 * logits + 7, labels) == pytest.approx(3, abs=0.06)
-    assert expected_calibration_error(3 * logits / 3, labels) < 0.01
-
-
-def test_temperature_is_the_minimum_of_the_cross_entropy() -> None:
-    generator = torch.Generator().manual_seed(1)
-    logits = 4 * torch.randn(200, 6, generator=generator, dtype=torch.float64)
-    labels = torch.randint(6, (200,), generator=generator)
-    labels[:120] = logits[:120].argmax(1)
-    found = fit_temperature(logits, labels)
-    losses = [
-        float(nn.functional.cross_entropy(logits / t, labels))
-        for t in (0.99 * found, found, 1.01 * found)
-    ]
-    assert losses[1] == min(losses)
+    assert expected_calibration_error(logits, labels) < 0.01
+    assert expected_calibration_error(3 * logits, labels) > 0.1
 
 
 def test_temperature_stays_within_bounds() -> None:
     logits = torch.eye(4)
     assert fit_temperature(logits, torch.arange(4)) == pytest.approx(0.05)  # all right
     assert fit_temperature(logits, torch.tensor([1, 2, 3, 0])) == pytest.approx(20)  # all wrong
-
-
-@pytest.mark.parametrize("logits", [torch.zeros(0, 3), torch.tensor([[1.0, math.nan]])])
-def test_temperature_refuses_logits_it_cannot_fit(logits: Tensor) -> None:
-    with pytest.raises(ValueError, match="expected finite validation logits"):
-        fit_temperature(logits, torch.zeros(len(logits), dtype=torch.int64))
 
 
 # --- Predictions -------------------------------------------------------------------------------
@@ -215,15 +173,6 @@ def test_predictions_are_the_networks_logits_in_the_splits_order(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_flip_gives_the_logits_of_the_flipped_images(split: Split) -> None:
-    model = small_model()
-    mirrored = Split(split.images.flip(-1), split.labels)
-    both = [predict(model, part, MEAN, DEVIATION) for part in (split, mirrored)]
-    assert not torch.allclose(both[0], both[1], atol=1e-3)
-    found = predict(model, split, MEAN, DEVIATION, flip=True)
-    torch.testing.assert_close(found, both[1], atol=1e-5, rtol=1e-4)
-
-
 def test_reduced_precision_returns_float32_near_the_exact_logits(split: Split) -> None:
     model = small_model()
     exact = predict(model, split, MEAN, DEVIATION)
@@ -253,32 +202,15 @@ def test_robustness_is_accuracy_on_corrupted_images(split: Split) -> None:
 # --- Intervals ---------------------------------------------------------------------------------
 
 
-def coverage(cover: list[bool]) -> float:
-    return sum(cover) / len(cover)
-
-
-def test_bootstrap_agrees_with_the_normal_interval() -> None:
+def test_bootstrap_agrees_with_the_normal_interval_and_is_seeded() -> None:
     values = np.random.default_rng(1).normal(3, 2, 400)
-    found = bootstrap_interval(values)
+    found = bootstrap_interval(values, seed=5)
     half = 1.96 * values.std() / 20
     assert (found.mean, found.n) == (pytest.approx(values.mean()), 400)
-    assert (found.low, found.high) == (
-        pytest.approx(values.mean() - half, abs=0.03),
-        pytest.approx(values.mean() + half, abs=0.03),
-    )
-
-
-def test_bootstrap_is_seeded() -> None:
-    values = np.random.default_rng(2).random(50)
-    first = bootstrap_interval(values, seed=5)
-    assert bootstrap_interval(values.tolist(), seed=5) == first
-    assert bootstrap_interval(values, seed=6) != first
-
-
-@pytest.mark.parametrize("values", [[], [0.5, math.nan], [math.inf]])
-def test_bootstrap_refuses_what_has_no_mean(values: list[float]) -> None:
-    with pytest.raises(ValueError, match=f"finite values to resample, found {len(values)}"):
-        bootstrap_interval(values)
+    assert found.low == pytest.approx(values.mean() - half, abs=0.03)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.03)
+    assert bootstrap_interval(values.tolist(), seed=5) == found
+    assert bootstrap_interval(values, seed=6) != found
 
 
 # Intervals are to cover the truth as often as they say, also with two and three seeds.
@@ -322,23 +254,14 @@ def test_intervals_cover_what_they_say(seeds: int, what: str) -> None:
     assert 0.93 <= hits / (8 * rounds) <= 0.97
 
 
-def test_a_percentile_bootstrap_of_two_seeds_covers_half() -> None:
-    generator = np.random.default_rng(0)
-    found = [bootstrap_interval(generator.normal(0, 1, 2), resamples=200) for _ in range(300)]
-    assert np.mean([i.low <= 0 <= i.high for i in found]) == pytest.approx(0.5, abs=0.08)
-
-
 def test_the_variance_of_seeds_is_pooled_and_students() -> None:
     values = {"a": np.array([0.5, 0.7]), "b": np.array([0.2, 0.2])}
     found = seeds_intervals(values)
     # Two degrees of freedom: (0.02 + 0) / 2 is the variance of a seed, half of it that of a mean.
     half = 4.302652729911275 * math.sqrt(0.01 / 2)
     for name, mean in (("a", 0.6), ("b", 0.2)):
-        assert found[name].mean == pytest.approx(mean) and found[name].n == 2
-        assert (found[name].low, found[name].high) == (
-            pytest.approx(mean - half),
-            pytest.approx(mean + half),
-        )
+        expected = Interval(*map(pytest.approx, (mean, mean - half, mean + half)), 2)
+        assert found[name] == expected
     alone = seeds_interval(values["a"])
     assert alone.high - alone.mean == pytest.approx(12.706204736432095 * 0.1)
 
@@ -348,12 +271,6 @@ def test_a_single_seed_has_the_interval_of_its_images() -> None:
     found = seeds_interval(answers)
     assert found.high - found.mean == pytest.approx(1.966 * answers.std(ddof=1) / 20, rel=1e-3)
     assert seeds_interval(np.array([0.3])) == Interval(0.3, 0.3, 0.3, 1)
-
-
-def test_a_paired_interval_is_narrower() -> None:
-    first, second = right_or_wrong(np.random.default_rng(3), 3, 2000, 0.3)
-    widths = [i.high - i.low for i in map(seeds_interval, (second - first, first))]
-    assert widths[0] < widths[1]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +363,7 @@ def test_latency_grows_with_the_batch_and_leaves_the_network_alone() -> None:
     model = build_model("resnet18", num_classes=5, width=0.25).train()
     before = state_of(model)
     single, many = (evaluation.latency(model, 32, batch_size=n, repeats=3) for n in (1, 64))
-    assert many.low > single.low
+    assert many > single > 0
     assert model.training and same_state(model, before)
 
 

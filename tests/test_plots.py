@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from helpers import evaluation, plots
+from helpers import plots
 from helpers.config import Study
 from helpers.evaluation import Interval
 
@@ -41,21 +41,13 @@ def close() -> Iterator[None]:
 
 ROWS = {name: interval() for name in MANY}
 CURVES = {t: {n: {10: interval(), 100: interval()} for n in NETWORKS} for t in ("few", "many")}
-POINTS = {t: {n: (i + 1.0, interval()) for i, n in enumerate(MANY[:9])} for t in ("a", "b", "c")}
-LOGITS, LABELS = torch.randn(40, 3), torch.arange(40) % 3
-TABLE = evaluation.reliability(LOGITS, LABELS)
+POINTS = {"a": {n: {i + 1.0: interval()} for i, n in enumerate(MANY[:9])}, "b": {"x": {}}}
 PICTURE = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
 FIGURES = {
-    "rows": lambda: plots.intervals(ROWS, label="accuracy (%)", title="Test", reference=0.4),
+    "rows": lambda: plots.intervals({"Test": ROWS}, label="accuracy (%)", reference=0.4),
     "row panels": lambda: plots.intervals({t: ROWS for t in "abcd"}, label="r", percent=False),
     "groups": lambda: plots.intervals(
-        {
-            "IoU": {
-                "cam": {"layer3": interval(), "layer4": interval()},
-                "edges": {"control": interval()},
-            }
-        },
-        label="share (%)",
+        {"IoU": {"cam": {"layer3": interval()}, "edges": {"control": interval()}}}, label="share"
     ),
     "lines": lambda: plots.interval_curves(
         CURVES, xlabel="images", ylabel="accuracy (%)", log_x=True, reference=0.1
@@ -63,7 +55,9 @@ FIGURES = {
     "band": lambda: plots.interval_curves(
         CURVES, xlabel="x", ylabel="y", reference=dict.fromkeys(CURVES, interval())
     ),
-    "points": lambda: plots.points(POINTS, xlabels=dict.fromkeys(POINTS, "ms"), ylabel="%"),
+    "points": lambda: plots.interval_curves(
+        POINTS, xlabel={"a": "ms", "b": "MB"}, ylabel="%", log_x=True
+    ),
     "curves": lambda: plots.curves(
         {t: {"train": seeds(3, 5), "validation": seeds(4)} for t in MANY[:4]},
         xlabel="epoch",
@@ -75,7 +69,6 @@ FIGURES = {
         {n: square(MANY[:2]) for n in NETWORKS}, xlabel="x", ylabel="y"
     ),
     "large matrix": lambda: plots.matrix({"one": square(MANY)}, xlabel="x", ylabel="y"),
-    "reliability": lambda: plots.reliability({MANY[0]: {"as it is": TABLE, "scaled": TABLE}}),
     "pictures": lambda: plots.images(
         [[PICTURE] * 3, [plots.enlarge(PICTURE)]], [MANY[:3], [""]], row_labels=MANY[:2], heat=True
     ),
@@ -120,12 +113,3 @@ def test_the_mean_of_curves_goes_as_far_as_all_seeds() -> None:
     assert [list(line.get_xdata()) for line in single] == [[1, 2, 3], [1, 2, 3, 4, 5]]
     assert list(mean.get_xdata()) == [1, 2, 3]
     assert np.allclose(mean.get_ydata(), np.mean([s[:3] for s in seeds(3, 5)], axis=0))
-
-
-def test_names_of_points_do_not_cover_each_other() -> None:
-    same_place = {"a": {name: (3.0, interval(0.5)) for name in NETWORKS}}
-    figure = plots.points(same_place, xlabels={"a": "ms"}, ylabel="accuracy (%)")
-    figure.canvas.draw()
-    boxes = [plt.Text.get_window_extent(text) for text in figure.axes[0].texts]
-    assert len(boxes) == 3
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
