@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_PEERS := $(VENV)/.installed-peers
 INSTALLED_RAY := $(VENV)/.installed-ray
 
-.PHONY: help study test lab report runs publish address bench soak golden clean
+.PHONY: help study test lab report runs publish bench soak golden clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,7 +24,6 @@ help:
 	@echo "make soak      kill a training 100 times and compare with the uninterrupted one"
 	@echo "make golden    compare weights, maps and fingerprints with the golden record"
 	@echo "make publish   run the study; replace notebooks/, report.pdf and README tables by it"
-	@echo "make address   write the repository address of pyproject.toml into the notebooks"
 	@echo "make clean     remove the environment (runs and results stay)"
 
 $(INSTALLED): requirements.txt pyproject.toml
@@ -64,9 +63,6 @@ runs: $(INSTALLED)
 publish: $(INSTALLED)
 	$(BIN)/python -m helpers.notebooks --publish
 	$(BIN)/python report/build.py --publish
-
-address: $(INSTALLED)
-	$(BIN)/python -m helpers.notebooks --write-address
 
 bench: $(INSTALLED_PEERS)
 	$(BIN)/python -m benchmarks

@@ -14,37 +14,38 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from tqdm import tqdm
 from traitlets.config import Config
 
 from helpers import config
 from helpers.config import ROOT, Study, write_atomically
 from helpers.data import check_dataset
 
-NOTEBOOKS_DIR = ROOT / "notebooks"
+NOTEBOOKS_DIR, REQUIREMENTS = ROOT / "notebooks", ROOT / "requirements.txt"
 
 
 def set_up(keep_runs_on_drive: bool = False) -> None:
     """Prepare Colab: install what's missing, and keep runs on Drive if wanted. Elsewhere: nothing.
 
-    Only packages that aren't there are installed, so the preinstalled torch stays as it is.
+    Only packages that aren't there in any version are installed, so the preinstalled torch stays.
     """
     if "google.colab" not in sys.modules:
         return
-    missing = missing_requirements(ROOT / "requirements.txt")
+    there = {re.sub("[-_.]+", "-", d.name.lower()) for d in metadata.distributions()}
+    lines = [line.split("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines()]
+    missing = [line for line in lines if line and re.split("[<>=]", line)[0] not in there]
     if missing:
         print(f"installing {', '.join(missing)}")
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
@@ -56,26 +57,17 @@ def set_up(keep_runs_on_drive: bool = False) -> None:
         config.study.cache_clear()
 
 
-def missing_requirements(path: Path) -> list[str]:
-    """Return the lines of a requirements file whose package isn't installed in any version."""
-    there = {re.sub(r"[-_.]+", "-", d.name).lower() for d in metadata.distributions()}
-    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-    name = re.compile(r"[\w.-]+")
-    return [s for s in lines if s and re.sub(r"[-_.]+", "-", name.match(s)[0]).lower() not in there]
-
-
-def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
+def find_notebooks(names: Sequence[str] = ("",)) -> list[Path]:
     """Return the notebooks in order, or those whose name begins with one of `names`.
 
     Raises ValueError for a name that fits none.
     """
     there = sorted(NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
-    beginnings = [name.removesuffix(".ipynb") for name in names]
-    for name in beginnings:
-        if not any(path.stem.startswith(name) for path in there):
+    for name in names:
+        if not any(path.name.startswith(name) for path in there):
             have = ", ".join(path.stem for path in there)
             raise ValueError(f"no notebook begins with {name!r}; there are {have}")
-    return [path for path in there if not names or path.stem.startswith(tuple(beginnings))]
+    return [path for path in there if path.name.startswith(tuple(names))]
 
 
 def executed(path: Path, study: Study) -> Path:
@@ -98,7 +90,7 @@ def run_series(paths: Sequence[Path], study: Study) -> bool:
     for number, path in enumerate(paths, start=1):
         where, begun = f"[{number}/{len(paths)}] {path.stem}", time.monotonic()
         print(f"{where} ...", flush=True)
-        error = run_notebook(path, executed(path, study), where)
+        error = asyncio.run(run_notebook(path, executed(path, study), where))
         if error:
             print(f"{where} failed in {error}; its trace is in {executed(path, study)}")
             return False
@@ -111,81 +103,63 @@ def run_series(paths: Sequence[Path], study: Study) -> bool:
     return True
 
 
-def run_notebook(path: Path, out: Path, where: str) -> str:
+async def run_notebook(path: Path, out: Path, where: str) -> str:
     """Execute a notebook, saving after each cell; return its error in one line, or nothing.
 
-    `where` is what the terminal shows before the number of the code cell.
+    A terminal shows `where`, the code cell, and what training last said of its progress.
     """
     notebook = nbformat.read(path, as_version=4)
-    count = sum(cell.cell_type == "code" for cell in notebook.cells)
-    interrupted = False
+    loop, interrupted = asyncio.get_running_loop(), asyncio.Event()
 
     def save(**_: object) -> None:
         write_atomically(out, nbformat.writes(notebook).encode())
 
+    def interrupt() -> None:
+        interrupted.set()
+        asyncio.ensure_future(client.km.interrupt_kernel())
+        loop.call_later(5, running.cancel)  # if that ended no cell
+
     def begin(**_: object) -> None:
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-
-        def interrupt() -> None:
-            nonlocal interrupted
-            interrupted = True
-            asyncio.ensure_future(client.km.interrupt_kernel())
-            loop.call_later(5, task.cancel)  # if that ended no cell
-
         # In place of nbclient's own handlers, which may wait for ever for a kernel that they ended.
-        with contextlib.suppress(RuntimeError):  # not on Windows, nor outside the main thread
+        with contextlib.suppress(RuntimeError):  # Windows has none
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, interrupt)
 
-    def place() -> str:
-        text = progress.read_text(errors="ignore") if progress.exists() else ""
-        last = text.split("\n")[-1].strip()  # what a bar drew last: reading made \r to \n
-        return f"{where}, cell {client.code_cells_executed}/{count}{last and ' | '}{last}"
-
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder) / "progress"
+        progress.touch()
         # Sockets in the file system, where there are any: nobody else can connect to the kernel.
         sockets = {"transport": "ipc", "ip": f"{folder}/kernel"} if os.name == "posix" else {}
-        options = {"timeout": None, "record_timing": False, "on_cell_executed": save}
-        options |= {"on_notebook_start": begin, "config": Config({"KernelManager": sockets})}
+        options = {"record_timing": False, "on_notebook_start": begin, "on_cell_executed": save}
         options |= {"resources": {"metadata": {"path": str(NOTEBOOKS_DIR)}}}
-        client = NotebookClient(notebook, **options)
-        with shown(place):
-            try:
-                client.execute(env=os.environ | {"PROGRESS": f"file:{progress}"})
-            except (CellExecutionError, DeadKernelError, asyncio.CancelledError) as error:
-                if interrupted:
-                    raise KeyboardInterrupt from None
-                known = isinstance(error, CellExecutionError)
-                why = (
-                    f"{error.ename}: {error.evalue}" if known else "the kernel died, out of memory?"
-                )
-                return f"cell {client.code_cells_executed}: {why}"
-            finally:
-                notebook.metadata.pop("widgets", None)
-                save()
+        client = NotebookClient(notebook, config=Config({"KernelManager": sockets}), **options)
+        environment = os.environ | {"PROGRESS": f"file:{progress}"}
+        running = asyncio.create_task(client.async_execute(env=environment))
+        try:
+            await show(running, client, where, progress)
+            await running
+        except (CellExecutionError, DeadKernelError, asyncio.CancelledError) as error:
+            if interrupted.is_set():
+                raise KeyboardInterrupt from None
+            known = isinstance(error, CellExecutionError)
+            why = f"{error.ename}: {error.evalue}" if known else "the kernel died, out of memory?"
+            return f"cell {client.code_cells_executed}: {why}"
+        finally:
+            notebook.metadata.pop("widgets", None)
+            save()
     return ""
 
 
-@contextlib.contextmanager
-def shown(line: Callable[[], str]) -> Iterator[None]:
-    """Show where things stand: redrawn twice a second on a terminal, else every half minute."""
-    live, ended = sys.stdout.isatty(), threading.Event()
-    clear = "\r\x1b[K" if live else ""
-
-    def show() -> None:
-        while not ended.wait(0.5 if live else 30):
-            width = shutil.get_terminal_size().columns - 1 if live else None
-            print(clear + line()[:width], end="" if live else "\n", flush=True)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        print(clear, end="", flush=True)
+async def show(running: asyncio.Task, client: NotebookClient, where: str, progress: Path) -> None:
+    """Show on a terminal, until a notebook has run, its code cell and what it wrote last."""
+    cells = sum(cell.cell_type == "code" for cell in client.nb.cells)
+    look = {"bar_format": "{desc}, cell {n}/{total} {bar:5}{postfix}", "dynamic_ncols": True}
+    with tqdm(desc=where, total=cells, file=sys.stdout, leave=False, disable=None, **look) as bar:
+        while not running.done():
+            bar.n = client.code_cells_executed
+            text = progress.read_text(errors="ignore")
+            bar.set_postfix_str(text.split("\n")[-1].strip())  # reading made \r to \n
+            await asyncio.wait([running], timeout=0.5)
 
 
 def clock(seconds: float) -> str:
@@ -206,52 +180,27 @@ def publish(paths: Sequence[Path], study: Study) -> None:
         print(f"published {path}")
 
 
-def write_address() -> None:
-    """Write the repository address of pyproject.toml into the set-up cell of every notebook."""
-    for path in find_notebooks():
-        line = rf"ADDRESS = \"{repository_address()}\""
-        text = re.sub(r"ADDRESS = \\\".*?\\\"", lambda _, line=line: line, path.read_text())
-        write_atomically(path, text.encode())
-    print(f"the set-up cells now clone {repository_address()}")
-
-
-def repository_address() -> str:
-    """Return the repository's address as pyproject.toml gives it; ValueError if it doesn't."""
-    match = re.search(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    if match is None:
-        raise ValueError(f'{ROOT / "pyproject.toml"} has no line Repository = "..."; add one')
-    return match[1]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the series as the command line says; return the exit code."""
     parser = argparse.ArgumentParser(description="Run the notebooks in order.")
-    parser.add_argument("names", nargs="*", help="notebooks by the beginning of their names")
+    parser.add_argument("names", nargs="*", default=[""], help="beginnings of notebooks' names")
     parser.add_argument("--publish", action="store_true", help="copy the results to notebooks/")
-    parser.add_argument("--write-address", action="store_true", help="update the set-up cells")
     options = parser.parse_args(arguments)
-    if options.write_address:
-        write_address()
-        return 0
     try:
         study, paths = config.study(), find_notebooks(options.names)
         check_dataset(study.dataset)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    what = f"profile {study.profile.name}, dataset {study.dataset}, device {study.device}"
-    print(f"notebooks: {len(paths)}, {what}")
-    try:
+        what = f"profile {study.profile.name}, dataset {study.dataset}, device {study.device}"
+        print(f"notebooks: {len(paths)}, {what}")
         if not run_series(paths, study):
             return 1
+        if options.publish:
+            publish(paths, study)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on, with training from its last checkpoint")
         return 130
-    except OSError as error:  # a full disk, or a folder that can't be written
+    except (ValueError, OSError) as error:  # a wrong name; a full disk
         print(error, file=sys.stderr)
-        return 1
-    if options.publish:
-        publish(paths, study)
+        return 2
     print(f"  notebooks, figures, results  {study.analysis_dir / study.set_name}")
     print(f"  trained runs                 {study.runs_dir}")
     return 0

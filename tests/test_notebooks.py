@@ -17,6 +17,8 @@ from helpers import config, notebooks
 ROOT = config.ROOT
 PATHS = notebooks.find_notebooks()
 IGNORED = "nbval-ignore-output"
+PROJECT = (ROOT / "pyproject.toml").read_text()
+ADDRESS = re.search('^Repository = "(.+)"', PROJECT, re.MULTILINE)[1]
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -42,18 +44,12 @@ NUMBERS_IN_PROSE = {
 
 
 def test_the_series_is_there() -> None:
-    names = [path.stem for path in PATHS]
-    assert names[:9] == [
-        "01_data",
-        "02_architectures",
-        "03_regularization",
-        "04_depth",
-        "05_gradcam",
-        "06_dataset_size",
-        "07_training_recipes",
-        "08_transfer",
-        "09_pruning",
-    ]
+    names = (
+        "data architectures regularization depth gradcam dataset_size training_recipes transfer "
+        "pruning"
+    )
+    expected = [f"{number:02d}_{name}" for number, name in enumerate(names.split(), start=1)]
+    assert [path.stem for path in PATHS][:9] == expected
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
@@ -62,31 +58,30 @@ class TestEachNotebook:
         cells = code_cells(path)
         assert cells[0].metadata.get("tags") == ["set-up"]
         assert cells[0].source == code_cells(PATHS[0])[0].source
-        assert f'ADDRESS = "{notebooks.repository_address()}"' in cells[0].source
+        assert f'ADDRESS = "{ADDRESS}"' in cells[0].source
 
-    def test_execution_counts_run_from_one(self, path: Path) -> None:
+    def test_it_was_executed_from_the_first_cell_to_the_last_without_errors(
+        self, path: Path
+    ) -> None:
         counts = [cell.execution_count for cell in code_cells(path)]
         rule = "run it with `python -m helpers.notebooks --publish`"
         assert counts == list(range(1, len(counts) + 1)), rule
-
-    def test_no_error_and_no_stderr_output(self, path: Path) -> None:
         for cell in code_cells(path):
             for output in cell.outputs:
                 assert output.output_type != "error", cell.source
                 assert output.get("name") != "stderr", (cell.source, output.text)
 
-    def test_unchecked_cells_assert_something_and_none_is_skipped(self, path: Path) -> None:
+    def test_unchecked_cells_assert_something_none_is_skipped_and_nothing_private_is_called(
+        self, path: Path
+    ) -> None:
         for cell in code_cells(path):
             tags = cell.metadata.get("tags", [])
             assert set(tags) <= {IGNORED, "set-up"}, tags
             assert "NBVAL" not in cell.source.upper()
+            assert not re.search(r"\w\._(?!_)", cell.source), cell.source
             if IGNORED in tags:
                 nodes = ast.walk(ast.parse(cell.source))
                 assert any(isinstance(node, ast.Assert) for node in nodes), cell.source
-
-    def test_nothing_private_is_called(self, path: Path) -> None:
-        for cell in code_cells(path):
-            assert not re.search(r"\w\._(?!_)", cell.source), cell.source
 
     def test_cells_are_short_and_text_comes_between(self, path: Path) -> None:
         row = 0
@@ -98,12 +93,8 @@ class TestEachNotebook:
 
     def test_opening_states_question_files_and_run_time(self, path: Path) -> None:
         opening = read(path).cells[0].source
-        for part in (
-            r"^# \d\d · ",
-            r"\*\*Question\.\*\*",
-            r"\*\*Writes\.\*\*",
-            r"<!-- run time -->.* in the \w+ profile<!-- /run time -->",
-        ):
+        run_time = "<!-- run time -->.* in the [a-z]+ profile<!-- /run time -->"
+        for part in ("^# [0-9][0-9] · ", r"\*\*Question\.", r"\*\*Writes\.", run_time):
             assert re.search(part, opening), f"the first cell lacks {part}"
 
     def test_size_links_and_absolute_paths(self, path: Path) -> None:
@@ -157,7 +148,7 @@ class TestSetUpCell:
     def test_clones_the_one_address_on_colab(self, tmp_path, monkeypatch) -> None:
         commands = self.run_cell(tmp_path, monkeypatch, colab=True)
         clone = commands[0]
-        assert clone[:2] == ["git", "clone"] and notebooks.repository_address() in clone
+        assert clone[:2] == ["git", "clone"] and ADDRESS in clone
         assert not any("torch" in part for command in commands[1:] for part in command)
         assert sys.path[0] == str(tmp_path / "content" / "resnet-study")
         # A second notebook of the same session finds the clone.
