@@ -112,8 +112,8 @@ def test_reliability_by_hand() -> None:
     np.testing.assert_allclose(table["accuracy"], [math.nan, math.nan, 1, 2 / 3])
 
 
-@pytest.mark.parametrize(("right", "of"), [(6, 10), (9, 10), (99, 100)])
-@pytest.mark.parametrize("sharpness", [0.5, 2.0, 7.0])
+@pytest.mark.parametrize(("right", "of"), [(6, 10), (99, 100)])
+@pytest.mark.parametrize("sharpness", [0.5, 7.0])
 def test_temperature_in_closed_form(right: int, of: int, sharpness: float) -> None:
     # Logits (a, 0) always predict class 0. The best fit is as sure as it is right:
     # sigmoid(a / T) = right / of.
@@ -182,9 +182,6 @@ def test_reduced_precision_returns_float32_near_the_exact_logits(split: Split) -
     torch.testing.assert_close(found, exact, atol=0.05 * float(exact.abs().max()), rtol=0)
 
 
-# --- Robustness --------------------------------------------------------------------------------
-
-
 def test_robustness_is_accuracy_on_corrupted_images(split: Split) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
@@ -211,9 +208,6 @@ def test_bootstrap_agrees_with_the_normal_interval_and_is_seeded() -> None:
     assert found.high == pytest.approx(values.mean() + half, abs=0.03)
     assert bootstrap_interval(values.tolist(), seed=5) == found
     assert bootstrap_interval(values, seed=6) != found
-
-
-# Intervals are to cover the truth as often as they say, also with two and three seeds.
 
 
 def right_or_wrong(generator: np.random.Generator, seeds: int, images: int, shift: float):
@@ -320,19 +314,12 @@ def test_intervals_as_percentages() -> None:
     assert [percent(x) for x in (-0.0001, 0.0, -0.0)] == ["0.0"] * 3
 
 
-@pytest.mark.parametrize(
-    ("target", "expected"), [(0.1, 1), (0.5, 2), (0.6, 2), (0.61, 4), (0.9, 4), (0.91, None)]
-)
-def test_epochs_to_accuracy_counts_from_one(target: float, expected: int | None) -> None:
-    assert epochs_to_accuracy([0.2, 0.6, 0.4, 0.9], target) == expected
+def test_epochs_to_accuracy_counts_from_one() -> None:
+    expected = {0.1: 1, 0.5: 2, 0.6: 2, 0.61: 4, 0.9: 4, 0.91: None}
+    assert {t: epochs_to_accuracy([0.2, 0.6, 0.4, 0.9], t) for t in expected} == expected
 
 
-# --- Cost --------------------------------------------------------------------------------------
-
-
-def on_meta(name: str, **options: object) -> nn.Module:
-    with torch.device("meta"):
-        return build_model(name, **options)
+# --- Cost and gradients ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -340,7 +327,6 @@ def on_meta(name: str, **options: object) -> nn.Module:
     [
         ("resnet18", 1000, 224, 1.814e9),
         ("resnet50", 1000, 224, 4.089e9),
-        ("resnet18", 10, 32, 0.555e9),
         ("resnet34", 10, 32, 1.159e9),
         ("resnet20", 10, 32, 0.041e9),
     ],
@@ -348,7 +334,8 @@ def on_meta(name: str, **options: object) -> nn.Module:
 def test_multiply_adds_of_the_published_networks(
     name: str, classes: int, size: int, expected: float
 ) -> None:
-    model = on_meta(name, num_classes=classes, image_size=size)
+    with torch.device("meta"):
+        model = build_model(name, num_classes=classes, image_size=size)
     assert multiply_adds(model, size) == pytest.approx(expected, rel=0.012)
 
 
@@ -367,31 +354,18 @@ def test_latency_grows_with_the_batch_and_leaves_the_network_alone() -> None:
     assert model.training and same_state(model, before)
 
 
-# --- Gradients ---------------------------------------------------------------------------------
-
-
-def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(6, 3, 16, 16, generator=generator), torch.arange(6) % 5
-
-
-def test_gradient_norms_are_those_of_a_backward_pass() -> None:
-    torch.manual_seed(0)
-    model = build_model("resnet20", num_classes=5, width=0.25)
-    found = gradient_norms(model, *batch())
-    images, labels = batch()
-    nn.functional.cross_entropy(model.train()(images), labels).backward()
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    assert len(found) == len(convolutions) == 19
-    assert found == pytest.approx([c.weight.grad.norm().item() for c in convolutions], rel=1e-4)
-
-
-def test_gradient_norms_leave_out_projections_and_the_network_untouched() -> None:
-    model = small_model().eval()
+def test_gradient_norms_are_those_of_a_backward_pass_and_leave_the_network_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(6, 3, 16, 16, generator=generator), torch.arange(6) % 5
+    model = build_model("resnet18", num_classes=5, width=0.125).eval()
     model.layer3.train()
     before = state_of(model), [module.training for module in model.modules()]
     with torch.no_grad():  # works all the same
-        assert len(gradient_norms(model, *batch())) == 17
+        found = gradient_norms(model, images, labels)
     assert same_state(model, before[0])
     assert [module.training for module in model.modules()] == before[1]
     assert all(parameter.grad is None for parameter in model.parameters())
+    nn.functional.cross_entropy(model.train()(images), labels).backward()
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    expected = [float(m.weight.grad.norm()) for n, m in layers if "downsample" not in n]
+    assert len(found) == 17 and found == pytest.approx(expected, rel=1e-4)

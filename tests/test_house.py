@@ -85,11 +85,9 @@ def test_there_is_not_too_much_of_anything(folder: str) -> None:
     [
         ("from helpers.config import ROOT\nimport torch\nfrom helpers import shapes", 0),
         ("from helpers import config, runs", 1),
-        ("import helpers.data", 1),
-        ("from helpers.nowhere import x", 1),
+        ("import helpers.data\nfrom helpers.nowhere import x", 2),
         ("def f():\n    import ray\n    from google.colab import drive", 0),
-        ("def f():\n    from helpers import config", 1),
-        ("if True:\n    import torch", 1),
+        ("def f():\n    from helpers import config\nif True:\n    import torch", 2),
         ("import matplotlib.pyplot as plt", 1),
         ("import os\nhome = os.environ['HOME']", 1),
         ("def f():\n" + "    f()\n" * 59, 0),

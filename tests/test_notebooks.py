@@ -135,9 +135,8 @@ class TestSetUpCell:
         if colab:
             for name in ("google", "google.colab"):
                 monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        notebook_folder = folder / "notebooks"
-        notebook_folder.mkdir(exist_ok=True)
-        monkeypatch.chdir(notebook_folder)
+        (folder / "notebooks").mkdir(exist_ok=True)
+        monkeypatch.chdir(folder / "notebooks")
         exec(compile(source, "set-up", "exec"), {})
         return commands
 
