@@ -23,7 +23,6 @@ LARGEST_CIFAR_STEM_SIZE = 64
 # bfloat16 instructions oneDNN gets the weight gradient of a strided convolution wrong there.
 SMALLEST_IMAGENET_STEM_SIZE = 33
 
-
 Shortcut = nn.Module | None  # None: the input as it is
 
 
@@ -35,21 +34,6 @@ def every_nth_pixel(x: Tensor, stride: int) -> Tensor:
     single pixels leaves them as they are; unlike indexing it keeps channels_last on the way back.
     """
     return x if stride == 1 else F.avg_pool2d(x, 1, stride)
-
-
-class ZeroChannels(nn.Module):
-    """Shortcut without parameters: new channels filled with zeros.
-
-    Option A of He et al. (2016), section 3.3; the block has taken every second pixel.
-    """
-
-    def __init__(self, new_channels: int) -> None:
-        super().__init__()
-        self.new_channels = new_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """N x C x H x W -> N x (C + new_channels) x H x W."""
-        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
 
 
 class BasicBlock(nn.Module):
@@ -68,16 +52,15 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.downsample, self.residual = stride, shortcut, residual
+        self.downsample = shortcut or nn.Identity()
+        self.stride, self.residual = stride, residual
 
     def forward(self, x: Tensor) -> Tensor:
         """N x C x H x W -> N x channels x H/stride x W/stride."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.residual:
-            if self.downsample is not None:
-                x = self.downsample(every_nth_pixel(x, self.stride))
-            out = out + x
+            out = out + self.downsample(every_nth_pixel(x, self.stride))
         return F.relu(out)
 
 
@@ -100,7 +83,8 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.stride, self.downsample, self.residual = stride, shortcut, residual
+        self.downsample = shortcut or nn.Identity()
+        self.stride, self.residual = stride, residual
 
     def forward(self, x: Tensor) -> Tensor:
         """N x C x H x W -> N x 4*channels x H/stride x W/stride."""
@@ -108,9 +92,7 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         if self.residual:
-            if self.downsample is not None:
-                x = self.downsample(every_nth_pixel(x, self.stride))
-            out = out + x
+            out = out + self.downsample(every_nth_pixel(x, self.stride))
         return F.relu(out)
 
 
@@ -120,7 +102,8 @@ class ResNet(nn.Module):
     `blocks[i]` blocks of `channels[i]` channels make stage i (layer1, layer2, ...); each stage
     but the first halves the resolution. `stem` is "imagenet" (7x7 convolution of stride 2 and
     max-pooling) or "cifar" (one 3x3 convolution). `projection` says what a shortcut does where
-    the shape changes: a 1x1 convolution (option B), or, if False, option A without parameters.
+    the shape changes: a 1x1 convolution (option B), or, if False, zeros for the new channels and
+    no parameters (option A; He et al., 2016, section 3.3).
     """
 
     def __init__(
@@ -130,21 +113,20 @@ class ResNet(nn.Module):
         channels: tuple[int, ...],
         *,
         num_classes: int,
-        in_channels: int = 3,
-        stem: str = "cifar",
-        residual: bool = True,
-        projection: bool = True,
-        dropout: float = 0.0,
+        stem: str,
+        residual: bool,
+        projection: bool,
+        dropout: float,
     ) -> None:
         super().__init__()
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f'stem is {stem!r}; expected "cifar" or "imagenet"')
         width = channels[0]
         if stem == "imagenet":
-            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
             self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         else:
-            self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
             self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(width)
         self.stages = tuple(f"layer{i + 1}" for i in range(len(blocks)))
@@ -156,7 +138,7 @@ class ResNet(nn.Module):
                 stride = 2 if i > 0 and j == 0 else 1
                 shortcut: Shortcut = None
                 if residual and (stride != 1 or width != wider):
-                    shortcut = ZeroChannels(wider - width)
+                    shortcut = nn.ZeroPad3d((0, 0, 0, 0, 0, wider - width))
                     if projection:
                         convolution = nn.Conv2d(width, wider, 1, bias=False)
                         shortcut = nn.Sequential(convolution, nn.BatchNorm2d(wider))
@@ -169,7 +151,7 @@ class ResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images N x in_channels x H x W (float) -> logits N x num_classes.
+        """Images N x 3 x H x W (float) -> logits N x num_classes.
 
         Raises ValueError for images that are too small for the ImageNet stem.
         """
@@ -188,17 +170,10 @@ class SimpleCNN(nn.Module):
     pixels or more fits.
     """
 
-    def __init__(
-        self,
-        channels: tuple[int, int, int] = (32, 64, 128),
-        *,
-        num_classes: int,
-        in_channels: int = 3,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, channels: tuple[int, int, int], *, num_classes: int, dropout: float) -> None:
         super().__init__()
         first, second, third = channels
-        self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1)
+        self.conv1 = nn.Conv2d(3, first, 3, padding=1)
         self.conv2 = nn.Conv2d(first, second, 3, padding=1)
         self.conv3 = nn.Conv2d(second, third, 3, padding=1)
         self.avgpool = nn.AdaptiveAvgPool2d(4)
@@ -208,7 +183,7 @@ class SimpleCNN(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images N x in_channels x H x W (float) -> logits N x num_classes."""
+        """Images N x 3 x H x W (float) -> logits N x num_classes."""
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.relu(self.conv3(x))
@@ -218,10 +193,7 @@ class SimpleCNN(nn.Module):
 
 
 def initialise(model: nn.Module) -> None:
-    """Draw convolutions from He et al. (ICCV 2015), equation 10, by fan-out; batch norm is 1 and 0.
-
-    Draws from torch's global generator, as torch's own layers do.
-    """
+    """Draw convolutions from He et al. (ICCV 2015), equation 10, by fan-out; biases are 0."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -261,7 +233,6 @@ def build_model(
     *,
     num_classes: int,
     image_size: int = 32,
-    in_channels: int = 3,
     width: float = 1.0,
     stem: str = "auto",
     residual: bool = True,
@@ -285,22 +256,21 @@ def build_model(
         return tuple(max(4, round(c * width)) for c in channels)
 
     if name == "simple_cnn":
-        return SimpleCNN(
-            scaled(32, 64, 128), num_classes=num_classes, in_channels=in_channels, dropout=dropout
-        )
-    options = {
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "stem": default_stem(image_size) if stem == "auto" else stem,
-        "residual": residual,
-        "dropout": dropout,
-    }
+        return SimpleCNN(scaled(32, 64, 128), num_classes=num_classes, dropout=dropout)
     if name in CIFAR_RESNETS:
-        return ResNet(
-            BasicBlock, CIFAR_RESNETS[name], scaled(16, 32, 64), projection=False, **options
-        )
-    block, blocks = IMAGENET_RESNETS[name]
-    return ResNet(block, blocks, scaled(64, 128, 256, 512), **options)
+        block, blocks, channels = BasicBlock, CIFAR_RESNETS[name], scaled(16, 32, 64)
+    else:
+        (block, blocks), channels = IMAGENET_RESNETS[name], scaled(64, 128, 256, 512)
+    return ResNet(
+        block,
+        blocks,
+        channels,
+        num_classes=num_classes,
+        stem=default_stem(image_size) if stem == "auto" else stem,
+        residual=residual,
+        projection=name in IMAGENET_RESNETS,
+        dropout=dropout,
+    )
 
 
 def count_parameters(model: nn.Module) -> int:
