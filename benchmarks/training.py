@@ -34,9 +34,10 @@ def drawn_dataset(count: int) -> Dataset:
     """Return a dataset of `count` drawn images of 32 pixels in each split."""
     splits = []
     for seed in range(3):
-        drawing = shapes.draw(torch.arange(count).numpy() % 10, seed=seed)
+        labels = torch.arange(count) % 10
+        drawing = shapes.draw(labels.numpy(), seed=seed)
         images = torch.from_numpy(drawing.images.transpose(0, 3, 1, 2).copy())
-        splits.append(Split(images, torch.from_numpy(drawing.labels)))
+        splits.append(Split(images, labels))
     return Dataset("shapes", "Shapes", shapes.CLASSES, *splits, "benchmark")
 
 

@@ -1,4 +1,4 @@
-"""Common corruptions of test images: noise, blur, low contrast and JPEG, in five severities.
+"""Common corruptions of test images: noise, blur and low contrast, in five severities.
 
 After Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations" (ICLR 2019), with the strengths of their CIFAR-10-C. Images are corrupted as they
@@ -16,12 +16,10 @@ from torch import Tensor
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-# How strong each corruption is at severity 1 to 5.
-STRENGTHS: dict[str, tuple[float, ...]] = {
+STRENGTHS = {
     "noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation; the range of values is 1
     "blur": (0.4, 0.6, 0.7, 0.8, 1.0),  # standard deviation in pixels, at an image size of 32
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # what remains of it
-    "JPEG": (80, 65, 58, 50, 40),  # quality
 }
 
 
@@ -39,13 +37,7 @@ def _contrast(image: np.ndarray, strength: float, generator: np.random.Generator
     return mean + strength * (image - mean)
 
 
-def _jpeg(image: np.ndarray, strength: float, generator: np.random.Generator) -> np.ndarray:
-    quality = [cv2.IMWRITE_JPEG_QUALITY, int(strength)]
-    _, code = cv2.imencode(".jpg", image[..., ::-1].astype(np.uint8), quality)
-    return cv2.imdecode(code, cv2.IMREAD_COLOR)[..., ::-1]
-
-
-CORRUPTIONS = {"noise": _noise, "blur": _blur, "contrast": _contrast, "JPEG": _jpeg}
+CORRUPTIONS = {"noise": _noise, "blur": _blur, "contrast": _contrast}
 
 
 def corrupt(images: Tensor, corruption: str, severity: int, *, seed: int = 0) -> Tensor:
@@ -58,14 +50,12 @@ def corrupt(images: Tensor, corruption: str, severity: int, *, seed: int = 0) ->
     Raises ValueError for an unknown corruption or severity, or images of another form.
     """
     if corruption not in CORRUPTIONS:
-        known = ", ".join(CORRUPTIONS)
-        raise ValueError(f"corruption {corruption!r} is unknown; choose one of {known}")
+        raise ValueError(f"corruption {corruption!r} is unknown; choose one of {list(CORRUPTIONS)}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity is {severity!r}; expected a whole number from 1 to 5")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"found images of {images.dtype} and shape {tuple(images.shape)}; expected uint8 and "
-            "N x 3 x H x W, as a Split holds them"
+            f"images are {images.dtype}, {tuple(images.shape)}; expected uint8 and N x 3 x H x W"
         )
     strength = STRENGTHS[corruption][severity - 1]
     pictures = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -80,12 +70,7 @@ def corrupt(images: Tensor, corruption: str, severity: int, *, seed: int = 0) ->
 def corrupt_all(images: Tensor) -> Tensor:
     """Return images under every corruption: corruptions x 6 x N x 3 x H x W, uint8.
 
-    Corruptions are in the order of `CORRUPTIONS`; severity 0 is the image as it is. Errors as in
-    `corrupt`.
+    Severity 0 is the image as it is; raises what `corrupt` raises.
     """
-    return torch.stack(
-        [
-            torch.stack([images, *(corrupt(images, name, severity) for severity in SEVERITIES)])
-            for name in CORRUPTIONS
-        ]
-    )
+    every = [[images, *(corrupt(images, name, s) for s in SEVERITIES)] for name in CORRUPTIONS]
+    return torch.stack([torch.stack(severities) for severities in every])

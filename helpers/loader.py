@@ -21,8 +21,6 @@ from torchvision.transforms.v2 import TrivialAugmentWide
 from helpers.config import settings
 from helpers.data import Split
 
-# --- Augmentation ------------------------------------------------------------------------------
-
 
 @settings
 class Augmentation:
@@ -34,9 +32,7 @@ class Augmentation:
     brightness, contrast and saturation. `trivial_augment` applies one random operation of random
     strength (Müller and Hutter, ICCV 2021, wide space). `mixup` is the parameter alpha of the Beta
     distribution from which the share of a second image, and of its label, is drawn (Zhang et al.,
-    ICLR 2018); labels are then class probabilities.
-
-    Raises ValueError for a setting outside what is allowed.
+    ICLR 2018); labels are then class probabilities. Raises ValueError for a setting out of range.
     """
 
     flip: bool = True
@@ -89,12 +85,9 @@ def epoch_choices(
 
 def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
     """Set a square of `side` pixels around each centre (N x 2: row, column) to 0, the mean."""
-    rows = torch.arange(images.shape[-2], device=images.device)
-    columns = torch.arange(images.shape[-1], device=images.device)
-    first = centres - side // 2
-    in_rows = (rows >= first[:, :1]) & (rows < first[:, :1] + side)
-    in_columns = (columns >= first[:, 1:]) & (columns < first[:, 1:] + side)
-    hole = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    places, first = torch.arange(images.shape[-1], device=images.device), centres - side // 2
+    inside = (places >= first[..., None]) & (places < first[..., None] + side)
+    hole = inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
     # masked_fill would return another memory format; the copy keeps channels last.
     return images.clone().masked_fill_(hole, 0.0)
 
@@ -132,45 +125,28 @@ def trivial_augment(images: Tensor, seeds: Tensor) -> Tensor:
 
 
 def mix(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Mix each image and its label (class probabilities) with those of the batch in reverse.
-
-    Mixup (Zhang et al., ICLR 2018): `share` of the image itself, the rest of the other.
-    """
+    """Mix `share` of each image and its label (class probabilities) with the batch in reverse."""
     images = share * images + (1 - share) * images.flip(0)
     return images, share * labels + (1 - share) * labels.flip(0)
 
 
-# --- Normalisation -----------------------------------------------------------------------------
-
-
-def normalisation(mean: Tensor, std: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return scale and offset, 1 x 3 x 1 x 1: scale * uint8 + offset = (x / 255 - mean) / std."""
-    scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
-    return scale, (-mean / std).view(1, -1, 1, 1).to(device)
-
-
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn N x 3 x H x W uint8 images into the float32 input of a network (channels last).
+    """Return (images / 255 - mean) / std of N x 3 x H x W uint8 images: float32, channels last.
 
     Raises TypeError for images of another type.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}; expected uint8, 0 to 255")
-    scale, offset = normalisation(mean, std, images.device)
+    mean, std = (part.view(-1, 1, 1).to(images.device) for part in (mean, std))
     images = images.contiguous(memory_format=torch.channels_last)
-    return torch.addcmul(offset, images.float(), scale)
-
-
-# --- The loader --------------------------------------------------------------------------------
+    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
 
 
 def fits(device: torch.device, size: float) -> bool:
-    """Tell whether so many bytes take less than half of the memory that is free on a device.
-
-    Blocks that torch keeps for later are free, too. In main memory images lie anyway.
-    """
-    if device.type != "cuda":
+    """Tell whether so many bytes take less than half of the memory that is free on a device."""
+    if device.type != "cuda":  # in main memory images lie anyway
         return True
+    # Blocks that torch keeps for later are free, too.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return size < (torch.cuda.mem_get_info(device)[0] + kept) / 2
 
@@ -182,8 +158,7 @@ class Loader:
     The images are one uint8 tensor, reflect-padded once; every crop window is a view of it
     (`unfold`), so shuffling and cropping a batch are one gather. The tensor lies on the device, or,
     if it would take half of the memory there, in main memory, from where each batch is sent.
-    Batches have exactly `batch_size` images; an incomplete last one is left out, other images each
-    epoch.
+    An incomplete last batch is left out: other images each epoch.
     """
 
     split: Split
@@ -218,34 +193,27 @@ class Loader:
         Labels are classes (B, int64) or, with mixup, their probabilities (B x K, float32).
         """
         augmentation, size = self.augmentation, self.split.images.shape[-1]
-        choices = epoch_choices(
-            len(self.split), augmentation, size, self.flippable, self.seed, epoch
-        )
-        labels = self.split.labels
-        if augmentation.mixup:
-            labels = F.one_hot(labels).float()
+        labels = F.one_hot(self.split.labels).float() if augmentation.mixup else self.split.labels
+        choices = epoch_choices(len(labels), augmentation, size, self.flippable, self.seed, epoch)
         # Sent once an epoch: a copy in each step would make the host wait for the device.
         order, shifts = (part.to(self._windows.device) for part in (choices.order, choices.shifts))
-        flips, holes, colours, labels = (
-            part.to(self.device) for part in (choices.flips, choices.holes, choices.colours, labels)
-        )
-        scale, offset = normalisation(self.mean, self.std, self.device)
-        side = round(augmentation.cutout * size / 32)
+        here = EpochChoices(*(part.to(self.device) for part in choices))
+        labels, mean, std = (part.to(self.device) for part in (labels, self.mean, self.std))
         for batch in range(len(self)):
             places = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             rows, columns = shifts[order[places]].unbind(1)
             images = self._windows[order[places], rows, columns].to(self.device)
-            chosen = order[places].to(self.device)
-            if augmentation.flip and self.flippable:
-                images = torch.where(flips[chosen, None, None, None], images.flip(-1), images)
+            chosen = here.order[places]
+            if augmentation.flip:
+                images = torch.where(here.flips[chosen, None, None, None], images.flip(-1), images)
             if augmentation.trivial_augment:
                 images = trivial_augment(images, choices.seeds[choices.order[places]])
             if augmentation.colour_jitter:
-                images = jitter(images, augmentation.colour_jitter * colours[chosen])
-            images = images.contiguous(memory_format=torch.channels_last)
-            images = torch.addcmul(offset, images.float(), scale)
-            if side:
-                images = cut_out(images, holes[chosen], side)
+                images = jitter(images, augmentation.colour_jitter * here.colours[chosen])
+            images = normalise(images, mean, std)
+            if augmentation.cutout:
+                side = round(augmentation.cutout * size / 32)
+                images = cut_out(images, here.holes[chosen], side)
             if augmentation.mixup:
                 yield mix(images, labels[chosen], float(choices.shares[batch]))
             else:

@@ -1,9 +1,8 @@
 """The embedded dataset: ten classes of drawn objects, each with its exact mask.
 
 Every image is one scene: a textured background, clutter behind the object, the object itself,
-a few occluders in front of it, then blur and pixel noise. Colours, sizes, rotations and places
-carry no information about the class; only the outline does. Since the object is drawn, the pixels
-that show it are known exactly, which is what judging a heatmap needs.
+a few occluders in front of it, then blur and pixel noise. Only the outline tells the class. The
+pixels that show the object are known exactly, which is what judging a heatmap needs.
 
 A scene is described in units of the image side and painted on a canvas at least twice as fine as
 the image, which is then averaged down: edges are anti-aliased, and the same seed gives the same
@@ -22,7 +21,7 @@ import cv2
 import numpy as np
 
 _NAMES = "circle ring triangle square star cross heart crescent arrow hexagon"
-CLASSES: tuple[str, ...] = tuple(_NAMES.split())
+CLASSES = tuple(_NAMES.split())
 
 # Difficulty. Lengths are fractions of the image side, colours are in grey levels (0 to 255).
 # Objects are lighter than the ground and roughly upright: with either sign of contrast and any
@@ -41,7 +40,6 @@ OCCLUDER_COUNT = (0, 2)
 BLUR_SIGMA = 0.012
 NOISE_SIGMA = (2.0, 8.0)
 
-MINIMUM_IMAGE_SIZE = 16
 CANVAS_SIDE = 128  # the least side of the canvas on which a scene is painted
 TEXTURE_SIDE = 64  # cells along the side of the finest texture
 FRACTION_BITS = 6  # OpenCV takes vertices as integers with this many fractional bits
@@ -50,69 +48,67 @@ FRACTION_BITS = 6  # OpenCV takes vertices as integers with this many fractional
 _COLOURS = "e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 aa6e28 ffffff"
 MARK_COLOURS = np.array([list(bytes.fromhex(colour)) for colour in _COLOURS.split()], np.uint8)
 _PATTERNS = ("111 111 111", "101 010 101", "111 101 111")
-MARK_PATTERNS = np.array(
-    [[[cell == "1" for cell in row] for row in pattern.split()] for pattern in _PATTERNS]
-)
+MARK_PATTERNS = np.array([[list(row) for row in cells.split()] for cells in _PATTERNS]) == "1"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Drawn images N x H x W x 3 (uint8, RGB), their labels N (int64, positions in `CLASSES`).
+    """Drawn images N x H x W x 3 (uint8, RGB).
 
     `masks` N x H x W (bool) marks the visible pixels of the object, neither occluded nor marked,
     `mark_masks` those of the corner mark: all False without one.
     """
 
     images: np.ndarray
-    labels: np.ndarray
     masks: np.ndarray
     mark_masks: np.ndarray
 
 
 def draw(labels: np.ndarray, *, image_size: int = 32, seed: int, mark: bool = False) -> Drawing:
-    """Draw one image for each of N labels, `image_size` pixels (16 to 4096) high and wide.
+    """Draw one image for each label (N positions in `CLASSES`), `image_size` pixels a side.
 
     Image i depends only on the seed (from 0), i, its label, the image size and `mark`: it has a
     random generator of its own, so a longer set begins with the images of a shorter one. Sets that
     must not overlap (training and test) need different seeds. `mark` also paints the corner mark
     that gives the class away; all other pixels stay the same.
 
-    Raises ValueError for labels that aren't integers from 0 to 9, or another image size or seed.
+    Raises ValueError for labels that aren't 0 to 9, or an image size that isn't 16 to 4096.
     """
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not np.isin(labels, range(10)).all():
-        raise ValueError(f"labels are {labels}; expected integers from 0 to 9, as N positions")
-    if not MINIMUM_IMAGE_SIZE <= image_size <= 4096 or seed < 0:
-        raise ValueError(
-            f"image_size is {image_size}, seed {seed}; expected {MINIMUM_IMAGE_SIZE} to 4096 "
-            "pixels and a seed of 0 or more"
-        )
-    count = len(labels)
-    images = np.empty((count, image_size, image_size, 3), dtype=np.uint8)
-    masks = np.empty((count, image_size, image_size), dtype=bool)
-    mark_masks = np.zeros((count, image_size, image_size), dtype=bool)
+    if not np.isin(labels, range(len(CLASSES))).all():
+        raise ValueError(f"labels are {labels}; expected whole numbers from 0 to 9")
+    if not 16 <= image_size <= 4096:
+        raise ValueError(f"image_size is {image_size}; expected 16 to 4096 pixels")
+    shape = (len(labels), image_size, image_size)
+    images = np.empty((*shape, 3), dtype=np.uint8)
+    masks, mark_masks = np.empty(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    cell = max(1, round(image_size / 16))  # of the mark, whose ends on both axes these are:
+    margin, end = cell // 2, cell // 2 + 3 * cell
+    ends = (slice(margin, end), slice(image_size - end, image_size - margin))
     for index, label in enumerate(labels.tolist()):
         rng = np.random.default_rng([seed, index])
         images[index], masks[index] = _scene(rng, label, image_size)
         if mark:
-            rows, columns, pixels = _corner_mark(label, image_size)
-            images[index, rows, columns] = pixels
+            pattern = MARK_PATTERNS[label // 4].repeat(cell, axis=0).repeat(cell, axis=1)
+            rows, columns = ends[label % 4 // 2], ends[label % 2]
+            images[index, rows, columns] = pattern[:, :, None] * MARK_COLOURS[label]
             mark_masks[index, rows, columns] = True
             masks[index, rows, columns] = False
-    return Drawing(images, labels.astype(np.int64), masks, mark_masks)
+    return Drawing(images, masks, mark_masks)
 
 
 def _scene(rng: np.random.Generator, label: int, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Paint one scene; return the image (H x W x 3, uint8) and the object's mask (H x W, bool)."""
     scale = max(2, -(-CANVAS_SIDE // image_size))
     side = scale * image_size
-
     ground = rng.uniform(*GROUND_GREY) + rng.uniform(*GROUND_TINT, size=3)
-    colour = _lighter(rng, ground)
+    # The object's colour lies at a random distance from the ground's, in no channel below it.
+    direction = np.abs(rng.standard_normal(3))
+    step = direction * rng.uniform(*OBJECT_CONTRAST) / np.linalg.norm(direction)
+    colour = np.minimum(ground + step, 250)
     canvas = _texture(rng, ground, side)
     for _ in range(rng.integers(CLUTTER_COUNT[0], CLUTTER_COUNT[1] + 1)):
         place = rng.uniform(0, 1, size=2)
-        _paint_clutter(rng, [(canvas, _clutter_colour(rng, colour))], place, 1.0)
+        _paint_clutter(rng, place, 1.0, (canvas, _clutter_colour(rng, colour)))
 
     radius = rng.uniform(*OBJECT_DIAMETER) / 2
     margin = radius * (1 - OBJECT_OVERHANG)
@@ -131,8 +127,7 @@ def _scene(rng: np.random.Generator, label: int, image_size: int) -> tuple[np.nd
 
     for _ in range(rng.integers(OCCLUDER_COUNT[0], OCCLUDER_COUNT[1] + 1)):
         place = centre + rng.uniform(-radius, radius, size=2)
-        occluder_colour = _clutter_colour(rng, ground)
-        _paint_clutter(rng, [(canvas, occluder_colour), (visible, 0)], place, 0.6)
+        _paint_clutter(rng, place, 0.6, (canvas, _clutter_colour(rng, ground)), (visible, [0]))
 
     sigma = rng.uniform(0, BLUR_SIGMA) * side
     canvas = cv2.GaussianBlur(canvas, (0, 0), max(sigma, 0.1))
@@ -151,16 +146,13 @@ def _outline(name: str, proportions: np.ndarray) -> list[np.ndarray]:
     The three proportions, each from 0 to 1, vary what may vary within the class.
     """
     first, second, third = proportions
-    if name == "circle":
-        return [_regular(64)]
+    corners = {"circle": 64, "triangle": 3, "hexagon": 6}
+    if name in corners:
+        return [_regular(corners[name])]
     if name == "ring":
         return [_regular(64), _regular(64) * (0.45 + 0.23 * first)]
-    if name == "triangle":
-        return [_regular(3)]
     if name == "square":
         return [_rotated(_regular(4), np.pi / 4)]
-    if name == "hexagon":
-        return [_regular(6)]
     if name == "star":
         points = _regular(10)
         points[1::2] *= 0.4 + 0.12 * first
@@ -183,11 +175,10 @@ def _outline(name: str, proportions: np.ndarray) -> list[np.ndarray]:
         outer = _arc(np.arctan2(y, x), 1)
         inner = _arc(np.arctan2(y, x - shift), radius)[::-1] + (shift, 0)
         return [np.concatenate([outer, inner]) + ((1 - x) / 2, 0)]
-    if name == "arrow":
-        shaft, head, neck = 0.13 + 0.11 * first, 0.5 + 0.2 * second, -0.1 + 0.35 * third
-        upper = np.array([(-1, shaft), (neck, shaft), (neck, head), (1, 0)])
-        return [np.concatenate([upper, upper[-2::-1] * (1, -1)])]
-    raise AssertionError(f"no outline for {name}")
+    # The arrow.
+    shaft, head, neck = 0.13 + 0.11 * first, 0.5 + 0.2 * second, -0.1 + 0.35 * third
+    upper = np.array([(-1, shaft), (neck, shaft), (neck, head), (1, 0)])
+    return [np.concatenate([upper, upper[-2::-1] * (1, -1)])]
 
 
 def _regular(corners: int) -> np.ndarray:
@@ -209,13 +200,6 @@ def _rotated(points: np.ndarray, angle: float) -> np.ndarray:
 def _vertices(points: np.ndarray, side: int) -> np.ndarray:
     """Points in units of the image side as OpenCV's integers, pixel centres at whole numbers."""
     return np.round((points * side - 0.5) * 2**FRACTION_BITS).astype(np.int32)
-
-
-def _lighter(rng: np.random.Generator, ground: np.ndarray) -> np.ndarray:
-    """A colour at a random distance from another, in no channel below it."""
-    direction = np.abs(rng.standard_normal(3))
-    step = direction * rng.uniform(*OBJECT_CONTRAST) / np.linalg.norm(direction)
-    return np.minimum(ground + step, 250)
 
 
 def _clutter_colour(rng: np.random.Generator, like: np.ndarray) -> list[float]:
@@ -245,18 +229,14 @@ def _texture(rng: np.random.Generator, colour: np.ndarray, side: int) -> np.ndar
 
 
 def _paint_clutter(
-    rng: np.random.Generator,
-    canvases: list[tuple[np.ndarray, list[float] | int]],
-    place: np.ndarray,
-    size: float,
+    rng: np.random.Generator, place: np.ndarray, size: float, *canvases: tuple[np.ndarray, list]
 ) -> None:
     """Paint one line, arc, blob or splinter at a place, on each canvas in its colour."""
     side = len(canvases[0][0])
     kind = rng.integers(4)
     angle = rng.uniform(0, 2 * np.pi)
     length = size * rng.uniform(0.12, 0.5)
-    width = size * rng.uniform(0.02, 0.06)
-    thickness = max(1, round(width * side))
+    thickness = max(1, round(size * rng.uniform(0.02, 0.06) * side))
     if kind == 0:  # a line
         points = _rotated(np.array([(-length, 0), (length, 0)]), angle) + place
     elif kind == 1:  # an arc
@@ -273,15 +253,3 @@ def _paint_clutter(
             cv2.polylines(canvas, vertices, False, colour, thickness, shift=FRACTION_BITS)
         else:
             cv2.fillPoly(canvas, vertices, colour, shift=FRACTION_BITS)
-
-
-def _corner_mark(label: int, image_size: int) -> tuple[slice, slice, np.ndarray]:
-    """Where the mark of a class lies (rows, columns) and its pixels."""
-    cell = max(1, round(image_size / 16))
-    margin = cell // 2
-    low, high = slice(margin, margin + 3 * cell), slice(-margin - 3 * cell, -margin or None)
-    rows = high if label % 4 >= 2 else low
-    columns = high if label % 2 else low
-    pattern = MARK_PATTERNS[label // 4].repeat(cell, axis=0).repeat(cell, axis=1)
-    pixels = np.where(pattern[:, :, None], MARK_COLOURS[label], np.uint8(0))
-    return rows, columns, pixels

@@ -17,14 +17,11 @@ def images() -> Tensor:
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
 
 
-def change(images: Tensor, corrupted: Tensor) -> float:
-    return float((corrupted.double() - images.double()).square().mean())
-
-
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 class TestEveryCorruption:
     def test_changes_more_with_each_severity(self, corruption: str, images: Tensor) -> None:
-        changes = [change(images, corrupt(images, corruption, s)) for s in SEVERITIES]
+        corrupted = torch.stack([corrupt(images, corruption, s) for s in SEVERITIES])
+        changes = (corrupted.double() - images).square().mean((1, 2, 3, 4)).tolist()
         assert changes[0] > 0.5
         assert all(a < 1.01 * b for a, b in zip(changes, changes[1:], strict=False))
         assert changes[-1] > 1.5 * changes[0]
@@ -36,11 +33,10 @@ class TestEveryCorruption:
             assert found.dtype == torch.uint8 and found.shape == wide.shape
         assert torch.equal(images, before)
 
-    def test_is_repeatable(self, corruption: str, images: Tensor) -> None:
-        found = corrupt(images, corruption, 4, seed=1)
-        assert torch.equal(corrupt(images, corruption, 4, seed=1), found)
-        other = torch.equal(corrupt(images, corruption, 4, seed=2), found)
-        assert other == (corruption != "noise")
+    def test_only_noise_depends_on_the_seed(self, corruption: str, images: Tensor) -> None:
+        first, second, again = (corrupt(images, corruption, 4, seed=seed) for seed in (1, 2, 1))
+        assert torch.equal(first, again)
+        assert torch.equal(first, second) == (corruption != "noise")
 
     def test_an_image_does_not_depend_on_its_batch(self, corruption: str, images: Tensor) -> None:
         together = corrupt(images, corruption, 5)
@@ -97,19 +93,13 @@ def test_contrast_scales_the_distance_from_each_channels_mean() -> None:
     assert found[1].unique().tolist() == [0] and found[2].unique().tolist() == [200]
 
 
-def test_jpeg_keeps_colours_in_their_channels() -> None:
-    flat = torch.tensor([220, 40, 90], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 16, 16)
-    difference = corrupt(flat, "JPEG", 5).int() - flat.int()
-    assert difference.abs().max() <= 8
-
-
 def test_every_corruption_has_five_strengths() -> None:
     assert list(STRENGTHS) == list(CORRUPTIONS)
     assert all(len(strengths) == len(SEVERITIES) for strengths in STRENGTHS.values())
 
 
 def test_unknown_corruption_and_wrong_images_say_what_is_expected(images: Tensor) -> None:
-    with pytest.raises(ValueError, match="'fog' is unknown; choose one of noise, blur"):
+    with pytest.raises(ValueError, match="'fog' is unknown; choose one of .'noise', 'blur"):
         corrupt(images, "fog", 1)
     for wrong in (images.float(), images[0], images[:, :1]):
         with pytest.raises(ValueError, match="expected uint8 and N x 3 x H x W"):

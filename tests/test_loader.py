@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import TrivialAugmentWide
 from torchvision.transforms.v2 import functional as transforms
 
 from helpers import loader
-from helpers.data import Split, channel_statistics
+from helpers.data import Split
 from helpers.loader import (
     NO_AUGMENTATION,
     Augmentation,
@@ -36,13 +36,9 @@ def noise(count: int, size: int) -> Tensor:
 
 def smooth(count: int, size: int) -> Tensor:
     """Images with soft gradients, as photographs have, so that colours aren't all clipped."""
-    ramp = torch.linspace(40, 200, size)
-    channels = [
-        ramp.expand(size, -1),
-        ramp[:, None].expand(-1, size),
-        ramp.flip(0).expand(size, -1),
-    ]
-    return (torch.stack(channels) + torch.arange(count).view(-1, 1, 1, 1)).to(torch.uint8)
+    ramp = torch.linspace(40, 200, size).expand(size, -1)
+    channels = torch.stack([ramp, ramp.T, ramp.flip(1)])
+    return (channels + torch.arange(count).view(-1, 1, 1, 1)).to(torch.uint8)
 
 
 def loader_of(augmentation: Augmentation, *, size: int = 32, **options: object) -> Loader:
@@ -53,9 +49,6 @@ def loader_of(augmentation: Augmentation, *, size: int = 32, **options: object) 
 def gathered(batches: Loader, epoch: int) -> tuple[Tensor, Tensor]:
     images, labels = zip(*batches.batches(epoch), strict=True)
     return torch.cat(images), torch.cat(labels)
-
-
-# --- Choices of an epoch -----------------------------------------------------------------------
 
 
 def choices(seed: int, epoch: int, augmentation: Augmentation = EVERY) -> EpochChoices:
@@ -101,20 +94,11 @@ def test_flips_alternate_by_epoch_and_only_where_they_may() -> None:
             assert not epoch_choices(64, augmentation, 32, flippable, 0, epoch).flips.any()
 
 
-def test_crops_scale_with_the_image_size() -> None:
-    for size, largest in ((16, 4), (32, 8), (64, 16)):
-        assert epoch_choices(2000, EVERY, size, True, 0, 0).shifts.max() == largest
-
-
-# --- Whole batches -----------------------------------------------------------------------------
-
 AUGMENTATIONS = {
     "none": NO_AUGMENTATION,
     "flip": Augmentation(flip=True, crop_padding=0),
-    "crop": Augmentation(flip=False, crop_padding=4),
     "large crop": Augmentation(flip=False, crop_padding=16),
     "cutout": Augmentation(flip=False, crop_padding=0, cutout=7),
-    "even cutout": Augmentation(flip=False, crop_padding=0, cutout=12),
     "two": Augmentation(flip=True, crop_padding=4, cutout=12),
     "jitter": Augmentation(colour_jitter=0.4),
     "operations": Augmentation(trivial_augment=True),
@@ -161,7 +145,7 @@ def reference(batches: Loader, epoch: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("size", [16, 33])
 def test_batches_equal_the_slow_reference(augmentation: Augmentation, size: int) -> None:
     batches = loader_of(augmentation, size=size, seed=4)
-    for epoch in (0, 3):
+    for epoch in (0, 3, 0):
         images, labels = gathered(batches, epoch)
         expected, expected_labels = reference(batches, epoch)
         np.testing.assert_allclose(labels, expected_labels, atol=1e-6)
@@ -186,15 +170,6 @@ def test_batches_have_a_shape_a_type_and_a_memory_format(augmentation: Augmentat
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("augmentation", AUGMENTATIONS.values(), ids=AUGMENTATIONS.keys())
-def test_epochs_differ_and_repeat_whatever_came_before(augmentation: Augmentation) -> None:
-    batches = loader_of(augmentation)
-    epochs = [gathered(batches, epoch)[0] for epoch in (0, 1, 0)]
-    assert torch.equal(epochs[0], epochs[2])
-    assert not torch.equal(epochs[0], epochs[1])
-    assert not torch.equal(epochs[0], gathered(loader_of(augmentation, seed=1), 0)[0])
-
-
 def test_each_image_comes_at_most_once_an_epoch_and_all_in_time() -> None:
     seen: set[int] = set()
     for epoch in range(6):
@@ -209,9 +184,6 @@ def test_an_image_and_its_flip_come_in_turn() -> None:
     (images, labels), (later, later_labels) = (gathered(batches, epoch) for epoch in (0, 1))
     assert torch.equal(images[labels.argsort()], later[later_labels.argsort()].flip(-1))
     assert len(loader_of(NO_AUGMENTATION, batch_size=24)) == 0
-
-
-# --- Where the images lie ----------------------------------------------------------------------
 
 
 def test_half_of_the_free_memory_of_a_gpu_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,9 +219,6 @@ def test_batches_are_equal_on_every_device(
         torch.testing.assert_close(found[1].cpu(), expected[1])
         if not augmentation.trivial_augment:  # its operations interpolate otherwise on a GPU
             torch.testing.assert_close(found[0].cpu(), expected[0], atol=0.05, rtol=0)
-
-
-# --- The parts ---------------------------------------------------------------------------------
 
 
 def test_jitter_is_torchvisions_brightness_then_contrast_then_saturation() -> None:
@@ -298,7 +267,8 @@ def test_cut_out_blanks_a_square_and_keeps_channels_last() -> None:
 
 def test_normalised_images_have_mean_zero_and_standard_deviation_one() -> None:
     images = noise(30, 12)
-    out = normalise(images, *channel_statistics(images))
+    std, mean = torch.std_mean(images / 255, (0, 2, 3), correction=0)
+    out = normalise(images, mean, std)
     assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(out.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
