@@ -16,10 +16,8 @@ from helpers.loader import (
     Augmentation,
     EpochChoices,
     Loader,
-    cut_out,
     epoch_choices,
     jitter,
-    mix,
     normalise,
     trivial_augment,
 )
@@ -179,13 +177,6 @@ def test_each_image_comes_at_most_once_an_epoch_and_all_in_time() -> None:
     assert seen == set(range(23))
 
 
-def test_an_image_and_its_flip_come_in_turn() -> None:
-    batches = loader_of(AUGMENTATIONS["flip"], batch_size=23)
-    (images, labels), (later, later_labels) = (gathered(batches, epoch) for epoch in (0, 1))
-    assert torch.equal(images[labels.argsort()], later[later_labels.argsort()].flip(-1))
-    assert len(loader_of(NO_AUGMENTATION, batch_size=24)) == 0
-
-
 def test_half_of_the_free_memory_of_a_gpu_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
     assert loader.fits(torch.device("cuda"), 499) and not loader.fits(torch.device("cuda"), 500)
@@ -248,21 +239,6 @@ def test_trivial_augment_is_torchvisions_decided_by_each_images_seed() -> None:
         assert torch.equal(TrivialAugmentWide()(image), found)
     same = [torch.equal(a, b) for a, b in zip(images, changed, strict=True)]
     assert sum(same) < 20  # one of its operations leaves the image as it is
-
-
-def test_mix_blends_images_and_labels_in_the_same_shares() -> None:
-    images, labels = torch.rand(4, 3, 2, 2), torch.eye(4)
-    mixed, soft = mix(images, labels, 0.75)
-    torch.testing.assert_close(mixed[0], 0.75 * images[0] + 0.25 * images[3])
-    assert soft[1].tolist() == [0, 0.75, 0.25, 0]
-
-
-def test_cut_out_blanks_a_square_and_keeps_channels_last() -> None:
-    images = torch.ones(3, 3, 6, 6).contiguous(memory_format=torch.channels_last)
-    cut = cut_out(images, torch.tensor([[2, 3], [0, 0], [5, 5]]), 3)
-    assert [(image == 0).sum().item() / 3 for image in cut] == [9, 4, 4]
-    assert not cut[0, :, 1:4, 2:5].any() and images.all()
-    assert cut.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_normalised_images_have_mean_zero_and_standard_deviation_one() -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from helpers.config import ROOT
 from helpers.models import (
     CIFAR_RESNETS,
     IMAGENET_RESNETS,
@@ -121,25 +117,6 @@ def test_option_a_takes_every_second_pixel_and_fills_with_zeros(size: int) -> No
 def test_no_convolution_of_one_pixel_has_a_stride(name: str) -> None:
     for module in on_meta(name, num_classes=10).modules():
         assert getattr(module, "kernel_size", 0) != (1, 1) or module.stride == (1, 1)
-
-
-def test_narrow_networks_train_on_any_number_of_images() -> None:
-    # In a process of its own: with strided 1x1 convolutions it dies on processors with AVX-512.
-    program = """
-import torch
-from helpers.models import build_model
-
-for count, threads in ((5, 2), (20, 3)):
-    torch.set_num_threads(threads)
-    model = build_model("resnet18", num_classes=3, width=0.125)
-    model = model.to(memory_format=torch.channels_last)
-    images = torch.randn(count, 3, 16, 16).to(memory_format=torch.channels_last)
-    for _ in range(10):
-        model(images).square().sum().backward()
-print("done")
-"""
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
 
 
 def additions(model: nn.Module) -> int:

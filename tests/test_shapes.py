@@ -43,12 +43,6 @@ def test_no_image_repeats_within_a_drawing() -> None:
     assert len(np.unique(images.reshape(100, -1), axis=0)) == 100
 
 
-def test_a_longer_drawing_begins_with_the_shorter_one(plain: shapes.Drawing) -> None:
-    short = draw(LABELS[:37], seed=3)
-    np.testing.assert_array_equal(short.images, plain.images[:37])
-    np.testing.assert_array_equal(short.masks, plain.masks[:37])
-
-
 def test_the_global_generator_is_left_alone() -> None:
     np.random.seed(0)  # noqa: NPY002 (the global generator is what is tested)
     before = np.random.get_state()[1].copy()  # noqa: NPY002
