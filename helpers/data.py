@@ -100,18 +100,22 @@ class Dataset:
 
     @functools.cached_property
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the training split, in [0, 1]: 3 and 3.
+        """Mean and standard deviation of each channel of the training split, in [0, 1]: 3 and 3."""
+        return channel_statistics(self.train.images)
 
-        Exact: counts of the 256 values decide, not rounded sums.
-        """
-        values = torch.arange(256, dtype=torch.float64) / 255
-        channels = self.train.images.unbind(1)
-        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in channels])
-        counts, total = counts.double(), counts.sum(1)
-        mean = (counts * values).sum(1) / total
-        std = ((counts * (values - mean[:, None]) ** 2).sum(1) / total).sqrt().float()
-        # A constant channel has nothing to scale; 1 keeps the division defined.
-        return mean.float(), torch.where(std > 0, std, 1.0)
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean and standard deviation over all pixels, scaled to [0, 1].
+
+    `images` is N x 3 x H x W uint8. Exact: counts of the 256 values decide, not rounded sums.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)])
+    counts, total = counts.double(), counts.sum(1)
+    mean = (counts * values).sum(1) / total
+    std = ((counts * (values - mean[:, None]) ** 2).sum(1) / total).sqrt().float()
+    # A constant channel has nothing to scale; 1 keeps the division defined.
+    return mean.float(), torch.where(std > 0, std, 1.0)
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
