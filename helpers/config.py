@@ -1,13 +1,14 @@
 """Profiles, paths and the device: every choice that comes from outside, read once.
 
-This is the only module that reads the environment. A study is decided by two variables:
+This is the only module that reads the environment. A study is decided by
 
-    PROFILE   how much work: smoke (tests), quick (default, minutes on a laptop), long (an evening
-              on a laptop) or full (a CUDA GPU)
-    DATASET   what on: a name from `helpers.data.DATASETS` or the path of a folder of images
+    PROFILE      how much work: smoke (tests), quick (default, minutes on a laptop), long (an
+                 evening on a laptop) or full (a CUDA GPU)
+    DATASET      what on: a name from `helpers.data.DATASETS` or the path of a folder of images
+    BATCH_SIZE   the most images in a batch, where memory doesn't hold the profile's
 
-and, for where things go, RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE and PROGRESS. EXECUTOR=processes
-or ray trains several runs at a time, on a CPU with CORES_PER_RUN cores each (helpers/executors.py).
+and by RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE (auto, cpu, cuda or mps) and PROGRESS. With
+EXECUTOR=processes or ray several runs are trained at a time, on CORES_PER_RUN cores each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import contextlib
 import functools
 import os
 import re
-from dataclasses import dataclass
+import subprocess
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,17 +28,14 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# --- Settings ----------------------------------------------------------------------------------
-
 Settings = TypeVar("Settings")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def settings(cls: type[Settings]) -> type[Settings]:
-    """Make a class a frozen dataclass whose values pydantic checks whenever one is made.
+    """Make a class a frozen dataclass whose values pydantic checks: ValueError, in one line.
 
-    Strict: no bool for an int, no text for a number, no NaN, no unknown name; 1 becomes 1.0 where
-    a float is wanted. Raises ValueError, in one line, for values that aren't allowed.
+    Strict: no bool for an int, no text for a number, no NaN; 1 becomes 1.0 where a float is wanted.
     """
     checked = pydantic_dataclass(frozen=True, config=STRICT)(cls)
     make = checked.__init__
@@ -48,8 +47,7 @@ def settings(cls: type[Settings]) -> type[Settings]:
         except ValidationError as error:
             raise ValueError(readable(cls, error)) from None
         finally:
-            # Pydantic puts its own back when it first uses a class whose types name a later one.
-            checked.__init__ = init
+            checked.__init__ = init  # pydantic puts its own back once a later class is known
 
     checked.__init__ = init
     return checked
@@ -61,14 +59,10 @@ def readable(cls: type, error: ValidationError) -> str:
     for part in error.errors(include_url=False):
         first, *inner = part["loc"] or ("",)
         name = ".".join(n for n in map(str, (names.get(first, first), *inner)) if n.isidentifier())
-        found = " ".join(repr(part["input"])[:60].split())
+        found = f" is {' '.join(repr(part['input'])[:60].split())}: " if name else ""
         message = part["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        missing = f"{name} is missing" if part["type"] == "missing" else ""
-        said.append(missing or (f"{name} is {found}: {message}" if name else message))
+        said.append(f"{name} is missing" if part["type"] == "missing" else name + found + message)
     return f"{cls.__name__}: {'; '.join(said)}"
-
-
-# --- Studies -----------------------------------------------------------------------------------
 
 
 @settings
@@ -122,7 +116,7 @@ class Study:
 
     @property
     def set_name(self) -> str:
-        """Name of this study's folder under analysis/: the dataset and the profile."""
+        """Name of this study's folder under analysis/."""
         return f"{dataset_slug(self.dataset)}-{self.profile.name}"
 
     @property
@@ -148,21 +142,38 @@ def is_path(dataset: str) -> bool:
     return any(mark in dataset for mark in ("/", os.sep, "~")) or dataset in (".", "..")
 
 
-def choose_device(wanted: str = "auto") -> torch.device:
-    """Return the device to train on: `wanted`, or the best there is for "auto".
+def nvidia_gpu() -> str:
+    """Return an NVIDIA GPU and its driver, as "Tesla T4, 535.104.05", or "" if none is here."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL, timeout=60)
+        return said.partition("\n")[0]
+    return "/dev/nvidia0" if Path("/dev/nvidia0").exists() else ""
 
-    Raises ValueError for one that torch doesn't know, or on which it can't make a tensor.
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """Return the device to train on, once it has multiplied two matrices.
+
+    "auto" is an NVIDIA GPU if the machine has one, else the CPU; Apple's (mps) was never tried.
+    Raises ValueError, with what to do, for a device that torch can't use.
     """
     if wanted == "auto":
-        best = "mps" if torch.backends.mps.is_available() else "cpu"
-        wanted = "cuda" if torch.cuda.is_available() else best
+        wanted = "cuda" if torch.cuda.is_available() or nvidia_gpu() else "cpu"
     try:
-        return torch.zeros(1, device=wanted).device
+        matrix = torch.ones(8, 8, device=wanted)
+        (matrix @ matrix).sum().item()
+        return matrix.device
     except (RuntimeError, AssertionError) as error:
+        advice = "use auto, cpu, cuda or mps"
+        if wanted.startswith("cuda"):
+            advice = (
+                f"NVIDIA GPU and driver: {nvidia_gpu() or 'none'}, torch {torch.__version__} for "
+                f"CUDA {torch.version.cuda}. Update the driver, or install a torch for an older "
+                "one: pip install torch torchvision --index-url "
+                f"https://download.pytorch.org/whl/cu126. Else {advice}; DEVICE=cpu always works"
+            )
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"DEVICE={wanted!r} can't be used ({reason}); use auto, cpu, cuda or mps"
-        ) from None
+        raise ValueError(f"DEVICE={wanted!r} can't be used ({reason}); {advice}") from None
 
 
 @functools.lru_cache(maxsize=1)
@@ -178,34 +189,34 @@ def study() -> Study:
             raise ValueError(f"{variable}={value!r} is unknown; use {expected}")
         return value
 
+    def count(variable: str, default: int, of: str) -> int:
+        return int(choice(variable, str(default), "[1-9][0-9]{0,5}", f"a whole number of {of}"))
+
     def folder(variable: str, default: str) -> Path:
         return Path(os.path.expanduser(os.environ.get(variable) or ROOT / default)).resolve()
 
     name = choice("PROFILE", "quick", "|".join(PROFILES), f"one of {', '.join(PROFILES)}")
+    profile, device = PROFILES[name], os.environ.get("DEVICE") or "auto"
+    most = count("BATCH_SIZE", profile.batch_size, "images")
     return Study(
-        profile=PROFILES[name],
-        dataset=os.environ.get("DATASET") or PROFILES[name].default_dataset,
+        profile=replace(profile, batch_size=min(most, profile.batch_size)),
+        dataset=os.environ.get("DATASET") or profile.default_dataset,
         runs_dir=folder("RUNS_DIR", "runs"),
         data_dir=folder("DATA_DIR", "data"),
         analysis_dir=folder("ANALYSIS_DIR", "analysis"),
-        device=choose_device(os.environ.get("DEVICE") or "auto"),
+        # On a CPU the full study would take weeks: who wants that has to say DEVICE=cpu.
+        device=choose_device("cuda" if (name, device) == ("full", "auto") else device),
         progress=choice("PROGRESS", "bar", "bar|none|file:.+", "bar, none or file:PATH"),
         executor=choice("EXECUTOR", "local", "local|processes|ray", "local, processes or ray"),
-        cores_per_run=int(
-            choice("CORES_PER_RUN", "1", "[1-9][0-9]{0,3}", "a whole number of CPU cores")
-        ),
+        cores_per_run=count("CORES_PER_RUN", 1, "CPU cores"),
     )
-
-
-# --- What a device does best -------------------------------------------------------------------
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return the number format in which a device multiplies fastest without losing the training.
 
     CUDA: bfloat16 from compute capability 8.0 on, float16 before (a Colab T4). CPU: bfloat16 where
-    the processor has instructions for it (AVX512-BF16 or AMX), since emulating it is slower than
-    float32. Anything else: float32.
+    the processor has instructions for it (AVX512-BF16 or AMX), else float32, as anywhere else.
     """
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -219,15 +230,12 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def images_at_once(device: torch.device, height: int, width: int, most: int) -> int:
     """Return how many images to send through a network at a time where it makes no difference.
 
-    That is `most`, but on a CPU as many as its cache holds the layers of: 64 of 32 x 32 pixels, and
-    at least 4. (A ResNet-50 of width 0.25 on two cores: 932 images/s so, 190 in batches of 500.)
+    `most`, but on a CPU as many as its cache holds the layers of: 64 of 32 x 32 pixels, at least 4.
+    (A ResNet-50 of width 0.25 on two cores: 932 images/s so, 190 in batches of 500.)
     """
     pixels = height * width
     budget = 2**16 if pixels <= 64 * 64 else 2**18  # of large images networks first make small ones
     return min(most, max(4, budget // pixels)) if device.type == "cpu" else most
-
-
-# --- Files -------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -242,11 +250,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder may be a file
             temporary.unlink()
         advice = "Free disk space, make the folder writable, or set RUNS_DIR and ANALYSIS_DIR"
-        raise OSError(
-            error.errno, f"{path} can't be written ({error.strerror}). {advice} to other ones"
-        ) from error
+        said = f"{path} can't be written ({error.strerror}). {advice} to other ones"
+        raise OSError(error.errno, said) from error

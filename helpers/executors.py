@@ -43,9 +43,8 @@ def train_variants(
     """
 
     def run(given: Settings, seed: int) -> Run:
-        fields = {"model": "resnet18", "data": dataset} | (
-            given(seed) if callable(given) else given
-        )
+        own = given(seed) if callable(given) else given
+        fields = {"model": "resnet18", "data": dataset, **own}
         return make_run(study, fields.pop("data"), fields.pop("model"), seed=seed, **fields)
 
     runs = {name: [run(v, seed) for seed in study.profile.seeds] for name, v in variants.items()}
@@ -92,12 +91,15 @@ def train_in_processes(runs: Sequence[Run], study: Study) -> dict[Run, str]:
         except ImportError as error:
             raise ImportError("EXECUTOR is ray: pip install '.[ray]', or unset it") from error
         register_ray()
-        if not ray.is_initialized():  # it then stays, for the next runs of this process
-            quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-            ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, **quiet)
-        need, each = ("GPU", 1) if study.device.type == "cuda" else ("CPU", study.cores_per_run)
+        quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+        where = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+        ray.init(ignore_reinit_error=True, runtime_env=where, **quiet)  # it stays for the next runs
+        gpu = study.device.type == "cuda"
+        need, each = ("GPU", 1) if gpu else ("CPU", study.cores_per_run)
         at_once = int(ray.cluster_resources().get(need, 0)) // each
         how = {"backend": "ray", "ray_remote_args": {f"num_{need.lower()}s": each}}
+        # A fresh process for each run on a GPU: a CUDA error would fail the next ones, too.
+        how["maxtasksperchild"] = 1 if gpu else None
     with parallel_config(n_jobs=max(1, min(at_once, len(runs))), **how):
         outcomes = Parallel(batch_size=1)(delayed(_train_in_worker)(run, study) for run in runs)
     for run, (_, files) in zip(runs, outcomes, strict=True):
@@ -122,9 +124,6 @@ def _train_in_worker(run: Run, study: Study) -> tuple[str, dict[str, bytes]]:
     return "", {name: (folder / name).read_bytes() for name in names}
 
 
-# --- Progress ----------------------------------------------------------------------------------
-
-
 @functools.cache
 def cost(run: Run) -> float:
     """Return multiply-adds x images x epochs, and some more, to weigh runs against each other.
@@ -145,48 +144,44 @@ def show_progress(runs: Sequence[Run], study: Study, title: str) -> Iterator[Non
     "bar" is one in the notebook or on the terminal; "file:PATH" writes it into a file, for whoever
     runs the notebook; "none" shows nothing.
     """
-    if not runs:
+    kind, _, path = study.progress.partition(":")
+    if kind == "none" or not runs:
         yield
         return
-    kind, _, path = study.progress.partition(":")
     text = "{desc}: {percentage:3.0f}% |{bar}| {remaining} left{postfix}"
     options = {"desc": title, "bar_format": text, "smoothing": 0, "leave": False}
-    options |= {"total": sum(cost(run) for run in runs), "initial": _done(runs, study)[0]}
+    options |= {"total": sum(map(cost, runs)), "initial": _done(runs, study)[0]}
+    ended = threading.Event()
+
+    def watch(bar: plain_bar) -> None:
+        while not ended.wait(1):
+            bar.n, news = _done(runs, study)
+            bar.set_postfix_str(news)
+
     with contextlib.ExitStack() as stack:
-        if kind == "file":
+        if path:
             file = stack.enter_context(open(path, "w"))
             bar = stack.enter_context(plain_bar(file=file, ncols=150, **options))
         else:
-            off = kind == "none"
-            bar = stack.enter_context(notebook_or_terminal_bar(disable=off, **options))
-        ended = threading.Event()
-
-        def watch() -> None:
-            while not ended.wait(1):
-                bar.n, news = _done(runs, study)
-                bar.set_postfix_str(news)
-
-        watcher = threading.Thread(target=watch, daemon=True)
+            bar = stack.enter_context(notebook_or_terminal_bar(**options))
+        watcher = threading.Thread(target=watch, args=[bar], daemon=True)
         watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
+        stack.callback(watcher.join)
+        stack.callback(ended.set)  # called before the join
+        yield
 
 
 def _done(runs: Sequence[Run], study: Study) -> tuple[float, str]:
     """Return how much of the runs' cost is done, and a line about those in training."""
     spent, finished, news = 0.0, 0, []
     for run in runs:
-        share = float(is_finished(run, study))
-        finished += int(share)
         history = study.runs_dir / run.key / "history.csv"
-        if not share and history.exists():
+        if is_finished(run, study):
+            spent, finished = spent + cost(run), finished + 1
+        elif history.exists():
             *earlier, last = history.read_text().splitlines()
-            share = len(earlier) / run.epochs
+            spent += cost(run) * len(earlier) / run.epochs
+            name = f"{run.kind}, {run.recipe.name}, seed {run.seed}: epoch {len(earlier)}"
             accuracy = 100 * float(last.split(",")[-2])
-            name = f"{run.kind}, {run.recipe.name}, seed {run.seed}"
-            news.append(f"{name}: epoch {len(earlier)}/{run.epochs}, validation {accuracy:.1f} %")
-        spent += share * cost(run)
+            news.append(f"{name}/{run.epochs}, validation {accuracy:.1f} %")
     return spent, "; ".join([f"{finished} of {len(runs)} runs done", *news])

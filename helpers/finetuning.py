@@ -2,12 +2,11 @@
 
 `transfer` takes over the weights of a trained network but for its last layer. Pruning takes away
 what counts least: `prune_weights` sets single weights to zero, `prune_channels` removes whole
-channels, so that the network really shrinks. `stored_bytes` says what a file of it takes.
+channels, so that the network really shrinks. `weights_file` and `load_weights` store any of them.
 """
 
 from __future__ import annotations
 
-import copy
 import gzip
 import io
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch_pruning
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -23,8 +23,6 @@ from torchvision.models import get_model_weights
 # The name torchvision gives its first set of ImageNet weights. They exist at full width only.
 IMAGENET = "IMAGENET1K_V1"
 
-# --- Transfer ----------------------------------------------------------------------------------
-
 
 def imagenet_weights(model: str, folder: Path) -> dict[str, Tensor]:
     """Return torchvision's ImageNet weights of a ResNet: from `folder`, or downloaded into it.
@@ -32,10 +30,11 @@ def imagenet_weights(model: str, folder: Path) -> dict[str, Tensor]:
     Raises FileNotFoundError, naming the file, if it's neither there nor can be fetched.
     """
     weights = get_model_weights(model)[IMAGENET]
-    options = {"model_dir": str(folder), "progress": False}
     try:  # torch announces a download, on stdout or stderr according to its version
         with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
-            return weights.get_state_dict(check_hash=True, weights_only=True, **options)
+            return weights.get_state_dict(
+                model_dir=str(folder), progress=False, check_hash=True, weights_only=True
+            )
     except Exception as error:
         raise FileNotFoundError(
             f"{weights.url.rsplit('/', 1)[-1]}, ImageNet weights of {model}, isn't in {folder} and "
@@ -59,9 +58,6 @@ def transfer(model: nn.Module, weights: dict[str, Tensor], frozen: bool) -> None
     if frozen:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(last))
-
-
-# --- Pruning -----------------------------------------------------------------------------------
 
 
 def prune_weights(model: nn.Module, sparsity: float) -> None:
@@ -103,30 +99,30 @@ def prune_channels(model: nn.Module, sparsity: float, image_size: int) -> None:
         parameter.grad = None
 
 
-def load_shrunk(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """Return the network with its layers cut to the shapes of `weights`, which are loaded.
+def weights_file(model: nn.Module) -> bytes:
+    """Return a network's weights as the content of a safetensors file."""
+    weights = model.state_dict()
+    return save_safetensors({name: w.detach().cpu().contiguous() for name, w in weights.items()})
 
-    For weights of a network whose channels were pruned. Others fit as they are.
+
+def load_weights(model: nn.Module, content: bytes) -> None:
+    """Load a safetensors file into a network, whose layers are cut to the channels that are left.
+
+    Raises KeyError if the file lacks one of the network's weights.
     """
-    model = copy.deepcopy(model)
-    for name, module in model.named_modules():
-        weight = weights.get(f"{name}.weight")
-        if weight is None or weight.shape == module.weight.shape:
-            continue
-        if isinstance(module, nn.Conv2d):
-            module.out_channels, module.in_channels = weight.shape[:2]
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = weight.shape
-        else:
-            module.num_features = len(weight)
-        for key, value in module.state_dict(keep_vars=True).items():
-            value.data = torch.empty_like(weights[f"{name}.{key}"])
-    model.load_state_dict(weights)
-    return model
+    weights = load_safetensors(content)
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        value.data = weights[name].to(value.dtype)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.out_channels, layer.in_channels = layer.weight.shape[:2]
+        elif isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = layer.weight.shape
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.num_features = len(layer.weight)
 
 
 def stored_bytes(model: nn.Module) -> tuple[int, int]:
     """Return the bytes of a network's safetensors file, plain and compressed by gzip."""
-    tensors = {n: value.detach().cpu().contiguous() for n, value in model.state_dict().items()}
-    content = save_safetensors(tensors)
+    content = weights_file(model)
     return len(content), len(gzip.compress(content, compresslevel=6, mtime=0))

@@ -16,14 +16,11 @@ from helpers.loader import NO_AUGMENTATION, Augmentation
 
 @settings
 class Recipe:
-    """How a network is trained, apart from for how long.
+    """How a network is trained. Raises ValueError for a setting outside what is allowed.
 
     `learning_rate` is the highest of the schedule. With `reference_batch_size` it is meant for
     that batch size and scales with the square root of the batch's share of it, which keeps the
-    variance of a step (Hoffer et al., NIPS 2017). `momentum` and `nesterov` are SGD's. `epochs` is
-    the length that the protocol is known with.
-
-    Raises ValueError for a setting outside what is allowed.
+    variance of a step (Hoffer et al., NIPS 2017). `epochs` is what the protocol is known with.
     """
 
     name: Annotated[str, Field(pattern=r"^[^/\\]+$")]  # part of the name of a run's folder
@@ -42,9 +39,7 @@ class Recipe:
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Recipe:
         if self.nesterov and not self.momentum:
-            raise ValueError(
-                "nesterov is True with momentum 0; set a momentum, or nesterov to False"
-            )
+            raise ValueError("nesterov is True with momentum 0; set momentum, or nesterov to False")
         return self
 
     @property

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,8 +20,6 @@ from helpers.config import Study, dataset_slug, write_atomically
 from helpers.data import SPLITS, Dataset
 from helpers.evaluation import Interval, Verdict, seeds_intervals
 from helpers.runs import Result, RunError, load_result, machine, read_run
-
-# --- Comparisons -------------------------------------------------------------------------------
 
 
 def gap(result: Result) -> float:
@@ -57,63 +54,47 @@ def accuracies(results: Mapping[str, Sequence[Result]]) -> dict[str, Interval]:
 
 
 def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict[str, Interval]:
-    """Return how much more accurate each is than `reference`, paired by seed and test image."""
-    pairs = {name: (rs, results[reference]) for name, rs in results.items() if name != reference}
-    return seeds_intervals({name: _paired(*pair) for name, pair in pairs.items()})
+    """Return how much more accurate each is than `reference`, paired by seed and test image.
 
-
-def difference(results: Sequence[Result], others: Sequence[Result]) -> Interval:
-    """Return how much more accurate `results` are than `others`, paired by seed and image."""
-    return seeds_intervals({"difference": _paired(results, others)})["difference"]
-
-
-def _paired(results: Sequence[Result], others: Sequence[Result]) -> np.ndarray:
-    """Return differences of being right, seeds x images; ValueError unless both share them."""
-    pairs = list(zip(results, others, strict=True))
-    for one, other in pairs:
-        same_images = torch.equal(one.test_labels, other.test_labels)
-        if one.run.seed != other.run.seed or not same_images:
-            raise ValueError(
-                f"{one.run.key} and {other.run.key} differ in seed or test images; only runs that "
-                "share both can be compared in pairs"
-            )
-    return np.stack([one.correct - other.correct for one, other in pairs])
-
-
-# --- Tables and result files -------------------------------------------------------------------
+    Raises ValueError for results that don't share them.
+    """
+    paired = {}
+    for name, own in results.items():
+        pairs = list(zip(own, results[reference], strict=True))
+        for one, other in pairs:
+            same_images = torch.equal(one.test_labels, other.test_labels)
+            if one.run.seed != other.run.seed or not same_images:
+                raise ValueError(
+                    f"{one.run.key} and {other.run.key} differ in seed or test images; only runs "
+                    "that share both can be compared in pairs"
+                )
+        paired[name] = np.stack([one.correct - other.correct for one, other in pairs])
+    del paired[reference]
+    return seeds_intervals(paired)
 
 
 def stored_runs(runs_dir: Path) -> pd.DataFrame:
-    """Return one row for each folder under runs/: its name, state and headline metrics.
-
-    States: finished, damaged (and why), resumable (a checkpoint is there), begun.
-    """
+    """Return a table of the runs in a folder: name, state (finished, begun, damaged), metrics."""
     rows = []
     for path in sorted(runs_dir.glob("*/run.json")):
-        folder = path.parent
-        row = {"state": "resumable" if (folder / "resume.pt").exists() else "begun"}
-        if (folder / "result.json").exists():
-            try:
-                result = load_result(read_run(path), folder)
-                row = {
-                    "state": "finished",
-                    "epochs": f"{len(result.history)}",
-                    "test accuracy": f"{100 * result.test_accuracy:.2f} %",
-                    "gap": f"{100 * gap(result):.2f}",
-                    "seconds": f"{result.seconds:.1f}",
-                    "device": result.machine["device"],
-                }
-            except (RunError, OSError, ValueError) as error:
-                row = {"state": f"damaged: {error}"}
-        rows.append({"run": folder.name} | row)
+        row = {"run": path.parent.name, "state": "begun"}
+        try:
+            result = load_result(read_run(path), path.parent)
+            row |= {"state": "finished", "epochs": f"{len(result.history)}"}
+            row |= {"test accuracy (%)": f"{100 * result.test_accuracy:.2f}"}
+            row |= {"gap": f"{100 * gap(result):.2f}", "seconds": f"{result.seconds:.1f}"}
+        except FileNotFoundError:
+            pass  # not finished
+        except (RunError, ValueError) as error:
+            row["state"] = f"damaged: {error}"
+        rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
 
 def describe_data(dataset: Dataset, role: str = "study") -> dict[str, Any]:
-    """Return what a result file says of its dataset.
+    """Return what a result file says of a dataset.
 
-    `role` is "study" for the data that a whole study is about, "second" for another dataset that
-    one notebook looks at besides.
+    `role` is "second" for one that a notebook looks at besides the study's own.
     """
     names = ("title", "classes", "image_size", "fingerprint")
     about = {name: getattr(dataset, name) for name in names}
@@ -147,17 +128,6 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} can't be written as JSON")
 
 
-def main() -> int:
-    """List the stored runs of the study that the environment asks for; return the exit code."""
-    try:
-        runs_dir = config.study().runs_dir
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    table = stored_runs(runs_dir)
-    print(f"no runs in {runs_dir}" if table.empty else table.to_string(index=False))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    table = stored_runs(config.study().runs_dir)
+    print(f"no runs in {config.study().runs_dir}" if table.empty else table.to_string(index=False))

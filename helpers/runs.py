@@ -22,8 +22,6 @@ import pandas as pd
 import torch
 from filelock import FileLock
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from helpers import config, finetuning
@@ -31,11 +29,9 @@ from helpers.config import Study, dataset_slug, readable, settings, write_atomic
 from helpers.data import SPLITS, Dataset, load_dataset
 from helpers.evaluation import metrics, predict
 from helpers.finetuning import IMAGENET
-from helpers.models import IMAGENET_RESNETS, MODELS, build_model, check_stem, default_stem
+from helpers.models import IMAGENET_RESNETS, MODELS, build_model, check_stem
 from helpers.recipes import RECIPES, Recipe
-from helpers.training import EpochRecord, State, train
-
-# --- What decides a result ---------------------------------------------------------------------
+from helpers.training import EpochRecord, train
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -126,21 +122,17 @@ class Run:
     def kind(self) -> str:
         """The network in a word, such as resnet18-pruned."""
         kind = self.model if self.residual else f"{self.model}-plain"
-        if self.start is None:
-            return kind
-        return f"{kind}-{'pruned' if isinstance(self.start, Pruning) else 'transferred'}"
+        if self.start is not None:
+            kind += "-pruned" if isinstance(self.start, Pruning) else "-transferred"
+        return kind
 
     def build(self, num_classes: int, image_size: int) -> nn.Module:
         """Return the untrained network, its weights drawn from the run's seed alone."""
+        options = {n: getattr(self, n) for n in ("width", "stem", "residual", "dropout")}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return build_model(
-                self.model,
-                num_classes=num_classes,
-                width=self.width,
-                stem=default_stem(image_size) if self.stem == "auto" else self.stem,
-                residual=self.residual,
-                dropout=self.dropout,
+                self.model, num_classes=num_classes, image_size=image_size, **options
             )
 
     def load_data(self, data_dir: Path | str) -> Dataset:
@@ -208,9 +200,6 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{path} can't be read. {readable(Run, error)}") from None
 
 
-# --- Results -----------------------------------------------------------------------------------
-
-
 class RunError(RuntimeError):
     """A stored run that is damaged, or of other data; the message names the remedy."""
 
@@ -252,8 +241,8 @@ class Result:
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
         """Return the trained network in evaluation mode."""
         model = self.run.build(len(self.classes), self.image_size)
-        weights = load_safetensors((self.folder / "model.safetensors").read_bytes())
-        return finetuning.load_shrunk(model, weights).to(device).eval()
+        finetuning.load_weights(model, (self.folder / "model.safetensors").read_bytes())
+        return model.to(device).eval()
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -271,49 +260,14 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def _save_result(
-    run: Run, folder: Path, dataset: Dataset, trained: State, device: torch.device
-) -> None:
-    """Evaluate a trained network and write its files, result.json last."""
-    splits = {split: getattr(dataset, split) for split in SPLITS}
-    logits = {
-        name: predict(trained.model, split, *dataset.channel_statistics)
-        for name, split in splits.items()
-    }
-    kept = {f"{name}_logits": logits[name].numpy() for name in ("validation", "test")}
-    kept |= {f"{name}_labels": splits[name].labels.numpy() for name in ("validation", "test")}
-    arrays = io.BytesIO()
-    np.savez_compressed(arrays, **kept)
-    weights = {
-        name: w.detach().cpu().contiguous() for name, w in trained.model.state_dict().items()
-    }
-    files = {
-        "predictions.npz": arrays.getvalue(),
-        "model.safetensors": save_safetensors(weights),
-        "history.csv": (folder / "history.csv").read_bytes(),
-    }
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    summary = {
-        "classes": list(dataset.classes),
-        "image_size": dataset.image_size,
-        "metrics": {name: metrics(logits[name], split.labels) for name, split in splits.items()},
-        "best_epoch": trained.best_epoch,
-        "stopped_early": len(trained.history) < run.epochs,
-        "seconds": sum(record.seconds for record in trained.history),
-        "machine": machine(device),
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-    }
-    write_atomically(folder / "result.json", json.dumps(summary, indent=1).encode())
-    (folder / "resume.pt").unlink(missing_ok=True)
-
-
 def load_result(run: Run, folder: Path) -> Result:
     """Read a finished run. Every file is checked against its SHA-256.
 
     Raises FileNotFoundError for a run that isn't finished, and RunError, naming the file and the
     remedy, for one that is damaged.
     """
+    if not (folder / "result.json").exists():
+        raise FileNotFoundError(f"there is no finished run in {folder}")
     try:
         summary = json.loads((folder / "result.json").read_bytes())
         for name, digest in summary.pop("files").items():
@@ -324,15 +278,9 @@ def load_result(run: Run, folder: Path) -> Result:
         summary["classes"] = tuple(summary["classes"])
         tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         return Result(run=run, folder=folder, history=history, **summary, **tensors)
-    except FileNotFoundError as error:
-        if not (folder / "result.json").exists():
-            raise
-        reason = f"{error.filename} is missing"
     except Exception as error:  # damaged JSON or arrays raise nearly anything
-        reason = str(error)
-    raise RunError(
-        f"the result in {folder} is damaged ({reason}). Delete the folder to train this run again."
-    )
+        advice = "Delete the folder to train this run again."
+        raise RunError(f"the result in {folder} is damaged ({error}). {advice}") from None
 
 
 def load_or_train(
@@ -351,31 +299,60 @@ def load_or_train(
     """
     study = study or config.study()
     folder = study.runs_dir / run.key
-    if (folder / "result.json").exists():
-        return load_result(run, folder)
-    content = json.dumps(asdict(run), indent=1).encode()
-    write_atomically(folder / "run.json", content)  # says what to do if nothing can be written
-    with FileLock(folder / "lock"):
-        if not (folder / "result.json").exists():  # else another process finished it meanwhile
-            for unfinished in folder.glob(".*.tmp"):  # of a process that was killed while writing
-                unfinished.unlink()
-            dataset = run.load_data(study.data_dir)
-            trained = train(
-                _starting_network(run, dataset, study),
-                dataset,
-                run.recipe,
-                epochs=run.epochs,
-                seed=run.seed,
-                patience=run.patience,
-                rate_factor=run.start.rate_factor if isinstance(run.start, Transfer) else 1.0,
-                device=study.device,
-                folder=folder,
-                checkpoint_seconds=checkpoint_seconds,
-                on_epoch=on_epoch,
-            )
-            finetuning.make_permanent(trained.model)
-            _save_result(run, folder, dataset, trained, study.device)
-        return load_result(run, folder)
+    if not (folder / "result.json").exists():
+        content = json.dumps(asdict(run), indent=1).encode()
+        write_atomically(folder / "run.json", content)  # says what to do if nothing can be written
+        with FileLock(folder / "lock"):
+            if not (folder / "result.json").exists():  # else another process finished it meanwhile
+                _train(run, study, folder, on_epoch=on_epoch, checkpoint_seconds=checkpoint_seconds)
+    return load_result(run, folder)
+
+
+def _train(run: Run, study: Study, folder: Path, **options: Any) -> None:
+    """Train and evaluate a run and write its files, result.json last."""
+    for unfinished in folder.glob(".*.tmp"):  # of a process that was killed while writing
+        unfinished.unlink()
+    dataset = run.load_data(study.data_dir)
+    trained = train(
+        _starting_network(run, dataset, study),
+        dataset,
+        run.recipe,
+        epochs=run.epochs,
+        seed=run.seed,
+        patience=run.patience,
+        rate_factor=getattr(run.start, "rate_factor", 1.0),
+        device=study.device,
+        folder=folder,
+        **options,
+    )
+    finetuning.make_permanent(trained.model)
+    scores, arrays, predictions = {}, {}, io.BytesIO()
+    for name in SPLITS:
+        split = getattr(dataset, name)
+        logits = predict(trained.model, split, *dataset.channel_statistics)
+        scores[name] = metrics(logits, split.labels)
+        if name != "train":
+            arrays |= {f"{name}_logits": logits.numpy(), f"{name}_labels": split.labels.numpy()}
+    np.savez_compressed(predictions, **arrays)
+    files = {
+        "predictions.npz": predictions.getvalue(),
+        "model.safetensors": finetuning.weights_file(trained.model),
+        "history.csv": (folder / "history.csv").read_bytes(),
+    }
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    summary = {
+        "classes": list(dataset.classes),
+        "image_size": dataset.image_size,
+        "metrics": scores,
+        "best_epoch": trained.best_epoch,
+        "stopped_early": len(trained.history) < run.epochs,
+        "seconds": sum(record.seconds for record in trained.history),
+        "machine": machine(study.device),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    write_atomically(folder / "result.json", json.dumps(summary, indent=1).encode())
+    (folder / "resume.pt").unlink(missing_ok=True)
 
 
 def _starting_network(run: Run, dataset: Dataset, study: Study) -> nn.Module:

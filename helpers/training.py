@@ -2,7 +2,7 @@
 
 `train_epoch` is the loop over batches: a forward and a backward pass in mixed precision and a step
 of the optimizer. `train` calls it for every epoch, validates, stops early if wanted, and writes a
-checkpoint from which a killed run goes on bit for bit. A `Recipe` says how to train.
+checkpoint from which a killed run goes on bit for bit.
 
 What makes it fast is named where it happens: channels_last, autocast, a fused optimizer, no
 synchronisation inside an epoch, and on CUDA a network compiled once into CUDA graphs.
@@ -16,6 +16,7 @@ import ctypes
 import hashlib
 import io
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,8 +34,6 @@ from helpers.data import Dataset
 from helpers.evaluation import predict
 from helpers.loader import Loader
 from helpers.recipes import Recipe, learning_rate_at
-
-# --- The optimizer ----------------------------------------------------------------------------
 
 
 def parameter_groups(model: nn.Module, rate_factor: float) -> list[dict[str, Any]]:
@@ -56,22 +55,21 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the recipe's optimizer of all trainable parameters.
 
-    Fused on CUDA: one kernel updates all parameters. With a `rate_factor` below 1 each part of the
-    network learns more slowly than the one after it (`parameter_groups`).
+    With a `rate_factor` below 1 each part of the network learns more slowly than the one after it
+    (`parameter_groups`). On CUDA it is fused, one kernel for all parameters; but not SGD of float16
+    gradients: its momentum stays unwritten memory when the scaler leaves out the first step.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     parameters = trainable if rate_factor == 1 else parameter_groups(model, rate_factor)
-    common = {"lr": recipe.peak_learning_rate, "weight_decay": recipe.weight_decay}
-    common["fused"] = trainable[0].is_cuda
-    if recipe.optimizer == "sgd":
+    device, sgd = trainable[0].device, recipe.optimizer == "sgd"
+    fused = device.type == "cuda" and not (sgd and compute_dtype(device) == torch.float16)
+    common = {"lr": recipe.peak_learning_rate, "weight_decay": recipe.weight_decay, "fused": fused}
+    if sgd:
         return torch.optim.SGD(
             parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, **common
         )
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, **common)
-
-
-# --- What a run is made of ---------------------------------------------------------------------
 
 
 class TrainingDiverged(RuntimeError):
@@ -82,8 +80,10 @@ class OutOfMemory(RuntimeError):
     """The device's memory doesn't hold the network with this batch size."""
 
 
-# How torch says so: on CUDA and MPS, on a CPU under Linux, and on one under Windows.
-OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+# How torch says so: on CUDA and MPS, for cuDNN and cuBLAS, on a CPU under Linux and Windows.
+MEMORY_RAN_OUT = re.compile(
+    "out of memory|STATUS_ALLOC_FAILED|can't allocate memory|not enough memory"
+)
 
 
 @dataclass(frozen=True)
@@ -118,35 +118,44 @@ class State:
     best_epoch: int = 0
     best: dict[str, Tensor] | None = None
 
+    @property
+    def arithmetic(self) -> str:
+        """The type of device and the number format, as "cuda, torch.float16"."""
+        device = next(self.model.parameters()).device
+        return f"{device.type}, {compute_dtype(device)}"
+
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically: the SHA-256 of the rest, then torch.save."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        content = {name: part.state_dict() for name, part in parts.items()}
-        content |= {"history": [asdict(record) for record in self.history]}
+        content = {name: getattr(self, name).state_dict() for name in STATEFUL}
         content |= {"best": self.best, "best_epoch": self.best_epoch, "cpu": torch.get_rng_state()}
+        content |= {"history": list(map(asdict, self.history)), "arithmetic": self.arithmetic}
         if torch.cuda.is_initialized():
             content["cuda"] = torch.cuda.get_rng_state()
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        payload = buffer.getvalue()
-        write_atomically(path, hashlib.sha256(payload).digest() + payload)
+        write_atomically(path, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint; nothing in it is executed.
 
-        Raises ValueError for one that is damaged or of another network.
+        One of another arithmetic is left aside, with a warning: the bits would be others. Raises
+        ValueError for one that is damaged or of another network.
         """
-        stored = path.read_bytes()
+        digest, payload = (stored := path.read_bytes())[:32], stored[32:]
         try:
-            if hashlib.sha256(stored[32:]).digest() != stored[:32]:
+            if hashlib.sha256(payload).digest() != digest:
                 raise ValueError("its checksum doesn't fit its bytes")
-            content = torch.load(io.BytesIO(stored[32:]), map_location="cpu", weights_only=True)
-            for name in ("model", "optimizer", "scaler"):
+            content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+            if (then := content.get("arithmetic", self.arithmetic)) != self.arithmetic:
+                said = f"{path} was computed in {then}, now it is {self.arithmetic}: begun anew"
+                warnings.warn(said, stacklevel=2)
+                return
+            for name in STATEFUL:
                 getattr(self, name).load_state_dict(content[name])
             self.history = [EpochRecord(**record) for record in content["history"]]
             self.best, self.best_epoch = content["best"], content["best_epoch"]
             torch.set_rng_state(content["cpu"])
-            if "cuda" in content and torch.cuda.is_initialized():
+            if "cuda" in content:
                 torch.cuda.set_rng_state(content["cuda"])
         except Exception as error:  # code in a pickle, or whatever else isn't a checkpoint
             raise ValueError(
@@ -154,49 +163,58 @@ class State:
             ) from error
 
 
-# --- Compiling ---------------------------------------------------------------------------------
-
+STATEFUL = ("model", "optimizer", "scaler")
 # Where compiling pays: on a CPU a short run doesn't win back the minute that it takes.
 COMPILED_DEVICES = ("cuda",)
 Forward = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
 
 
-def compiled(model: nn.Module) -> Forward:
-    """Return the compiled forward pass of a network; where that fails, it warns and runs eagerly.
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Return the context in which a device multiplies in its `compute_dtype`."""
+    dtype = compute_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def compiled(model: nn.Module, loader: Loader) -> Forward:
+    """Return the compiled forward pass of a network, or where that fails, warn and return it as is.
 
     Small networks are bound by kernel launches; mode "reduce-overhead" replays them as CUDA graphs.
     Compiling takes up to a minute; a network of the same structure, as with another seed, reuses
-    what was compiled, since torch takes weights as inputs.
+    what was compiled, since torch takes weights as inputs. Torch compiles in the first step, the
+    backward pass, too, and then records graphs: three are tried, and the network put back.
     """
-    forwards = [model, torch.compile(model, mode="reduce-overhead")]
+    fast, before = torch.compile(model, mode="reduce-overhead"), copy.deepcopy(model.state_dict())
 
     def forward(images: Tensor) -> Tensor:
-        try:
-            torch.compiler.cudagraph_mark_step_begin()
-            return forwards[-1](images)
-        except Exception as error:
-            if len(forwards) == 1 or any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS):
-                raise
-            warnings.warn(
-                f"not compiled, correct but slower: torch.compile failed ({error})", stacklevel=2
-            )
-            del forwards[-1]
-            return model(images)
+        torch.compiler.cudagraph_mark_step_begin()
+        return fast(images)
 
-    return forward
-
-
-# --- The loop ----------------------------------------------------------------------------------
+    images, _ = next(loader.batches(0))
+    set_training_mode(model)
+    try:
+        with repeatable(loader.device, loader.seed):
+            for _ in range(3):
+                with mixed_precision(loader.device):
+                    logits = forward(images)
+                logits.float().sum().backward()
+        return forward
+    except Exception as error:
+        if MEMORY_RAN_OUT.search(str(error)):
+            raise
+        warnings.warn(f"not compiled, so slower: torch.compile failed ({error})", stacklevel=2)
+        return model
+    finally:
+        model.load_state_dict(before)
+        model.zero_grad()
 
 
 def keep_memory() -> None:
-    """Have the C library keep freed memory, for the rest of the process.
+    """Have the C library keep freed memory: glibc gets pages anew for large tensors in every step.
 
-    Else glibc gives large tensors back to the system and gets their pages anew in every step.
-    Elsewhere nothing happens.
+    It holds for the rest of the process. Without glibc nothing happens.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         library = ctypes.CDLL(None)
         library.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped apart
         library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap isn't made smaller
@@ -218,19 +236,17 @@ def train_epoch(
 ) -> tuple[float, float]:
     """Train on each batch of an epoch (from 0); return mean loss (nats) and accuracy.
 
-    `forward` is the network or its compiled form; `steps` counts those of all epochs. Raises
-    TrainingDiverged if the loss stopped being finite.
+    `forward` is the network or its compiled form; `steps` counts those of all epochs.
     """
-    device, dtype = loader.device, compute_dtype(loader.device)
-    exact = torch.float64 if device.type != "mps" else torch.float32
+    exact = torch.float64 if loader.device.type != "mps" else torch.float32
     # Summed up on the device, so that the host never waits for it inside an epoch.
-    loss_sum, correct = torch.zeros(2, dtype=exact, device=device)
+    loss_sum, correct = torch.zeros(2, dtype=exact, device=loader.device)
     set_training_mode(state.model)
     for step, (images, labels) in enumerate(loader.batches(epoch), epoch * len(loader)):
         rate = learning_rate_at(recipe, step, steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with mixed_precision(loader.device):
             logits = forward(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
         state.optimizer.zero_grad(set_to_none=True)
@@ -241,18 +257,7 @@ def train_epoch(
         classes = labels if labels.ndim == 1 else labels.argmax(1)
         loss_sum += loss.detach()
         correct += (logits.detach().argmax(1) == classes).sum()
-    check_finite(float(loss_sum), "training", epoch, rate, recipe)
     return float(loss_sum) / len(loader), float(correct) / (len(loader) * loader.batch_size)
-
-
-def check_finite(loss: float, what: str, epoch: int, rate: float, recipe: Recipe) -> None:
-    """Raise TrainingDiverged for a loss that is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise TrainingDiverged(
-            f"the {what} loss stopped being finite in epoch {epoch + 1}, which ended at learning "
-            f"rate {rate:.3g}. Lower the learning rate (recipe {recipe.name!r}: "
-            f"{recipe.learning_rate:.3g}), or check the data for wrong values."
-        )
 
 
 def train_and_validate(
@@ -263,13 +268,19 @@ def train_and_validate(
     train_loss, train_accuracy = train_epoch(state, forward, loader, recipe, epoch, steps)
     dtype, split = compute_dtype(loader.device), dataset.validation
     logits = predict(state.model, split, loader.mean, loader.std, dtype=dtype)
+    seconds = time.perf_counter() - begun  # the logits are on the CPU: the device has finished
     loss = float(F.cross_entropy(logits, split.labels))
-    rate = learning_rate_at(recipe, (epoch + 1) * len(loader) - 1, steps)
-    check_finite(loss, "validation", epoch, rate, recipe)
     accuracy = float((logits.argmax(1) == split.labels).double().mean())
+    rate = learning_rate_at(recipe, (epoch + 1) * len(loader) - 1, steps)
+    for what, value in (("training", train_loss), ("validation", loss)):
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"the {what} loss stopped being finite in epoch {epoch + 1}, which ended at "
+                f"learning rate {rate:.3g}. Lower the learning rate (recipe {recipe.name!r}: "
+                f"{recipe.learning_rate:.3g}), or check the data for wrong values."
+            )
     if loss < min((record.validation_loss for record in state.history), default=math.inf):
         state.best_epoch = epoch + 1
-    seconds = time.perf_counter() - begun
     state.history.append(
         EpochRecord(epoch + 1, rate, train_loss, train_accuracy, loss, accuracy, seconds)
     )
@@ -304,12 +315,10 @@ def train(
     Raises ValueError for a batch larger than the training split or a resume.pt that can't be used,
     TrainingDiverged when the loss isn't finite, and OutOfMemory.
     """
-    if recipe.batch_size > len(dataset.train):
-        most = len(dataset.train)
+    if recipe.batch_size > (most := len(dataset.train)):
         raise ValueError(f"batch_size is {recipe.batch_size}; expected at most {most}, all images")
     keep_memory()
     model.to(device, memory_format=torch.channels_last)  # all channels of a pixel together
-    forward = compiled(model) if device.type in COMPILED_DEVICES else model
     # float16's small range needs a scaled loss; bfloat16 and float32 don't.
     scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(device) == torch.float16)
     state = State(model, make_optimizer(model, recipe, rate_factor), scaler, [])
@@ -317,6 +326,7 @@ def train(
     loader = Loader(dataset.train, *seen, seed, device)
     checkpoint, saved = folder and folder / "resume.pt", time.monotonic()
     with repeatable(device, seed), explained_out_of_memory(model, recipe, dataset):
+        forward = compiled(model, loader) if device.type in COMPILED_DEVICES else model
         if checkpoint and checkpoint.exists():
             state.load(checkpoint)
         while (epoch := len(state.history)) < epochs:
@@ -341,10 +351,11 @@ def train(
 @contextlib.contextmanager
 def repeatable(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators, from which dropout draws, and put them back afterwards."""
-    cudnn = torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=True
-    )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), cudnn:
+    exact = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": True}
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.backends.cudnn.flags(**exact),
+    ):
         torch.manual_seed(seed)
         yield
 
@@ -355,11 +366,11 @@ def explained_out_of_memory(model: nn.Module, recipe: Recipe, dataset: Dataset) 
     try:
         yield
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS):
+        if not MEMORY_RAN_OUT.search(str(error)):
             raise
+        parameters = sum(p.numel() for p in model.parameters())
         raise OutOfMemory(
-            f"memory ran out training {type(model).__name__} "
-            f"({sum(p.numel() for p in model.parameters()):,} parameters) with batch_size "
-            f"{recipe.batch_size} on {dataset.image_size}-pixel images. Lower batch_size, then "
-            "width or image_size."
+            f"memory ran out training {type(model).__name__} ({parameters:,} parameters) with "
+            f"batch_size {recipe.batch_size} on {dataset.image_size}-pixel images. Set the "
+            f"variable BATCH_SIZE={max(1, recipe.batch_size // 2)}, or lower width or image_size."
         ) from error

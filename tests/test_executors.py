@@ -1,7 +1,4 @@
-"""Many runs: in this process, in several, or by Ray, with the same results and one progress bar.
-
-Without Ray its test is skipped.
-"""
+"""Many runs: in this process, in several, or by Ray, with the same results and one progress bar."""
 
 from __future__ import annotations
 
@@ -23,44 +20,34 @@ from helpers.config import Study
 from helpers.data import Dataset, load_dataset
 from helpers.executors import cost, train_all, train_variants
 from helpers.recipes import RECIPES
-from helpers.runs import Pruning, Result, Run, RunError, load_or_train
+from helpers.runs import Pruning, Result, Run, RunError, load_or_train, load_result
 
 MakeRun = Callable[..., Run]
 Differing = Callable[[Result, Result], list[str]]
-
-
-# --- Variants ----------------------------------------------------------------------------------
 
 
 def test_variants_are_trained_once_a_seed(small_study: Study, small_shapes: Dataset) -> None:
     sizes = {"image_size": 16, "train_size": 60, "validation_size": 30, "test_size": 30}
     digits = load_dataset("digits", data_dir=small_study.data_dir, **sizes)
     adam = {"model": "simple_cnn", "recipe": RECIPES["adam"]}
-    first = train_variants(small_study, small_shapes, {"plain": adam, "ResNet-18": {}})
+    (plain,) = train_variants(small_study, small_shapes, {"plain": adam}).values()
 
     def pruned(seed: int) -> dict[str, Any]:
-        source = first["plain"][small_study.profile.seeds.index(seed)].run
-        return adam | {"start": Pruning(source, "weights", 0.5)}
+        return adam | {"start": Pruning(plain[seed].run, "weights", 0.5)}
 
-    variants = {("plain", 0.0): adam, ("pruned", 0.5): pruned, "digits": adam | {"data": digits}}
+    variants = {"plain": adam, ("pruned", 0.5): pruned, "digits": adam | {"data": digits}, "": {}}
     found = train_variants(small_study, small_shapes, variants, title="variants")
     assert list(found) == list(variants)
-    for results in (*first.values(), *found.values()):
-        assert tuple(result.run.seed for result in results) == small_study.profile.seeds == (0, 1)
     for seed in (0, 1):
         made = runs.make_run(small_study, small_shapes, seed=seed, **adam)
-        assert found["plain", 0.0][seed].run == first["plain"][seed].run == made
+        assert found["plain"][seed].run == plain[seed].run == made
         assert found["pruned", 0.5][seed].run.start.source == made
         resnet = runs.make_run(small_study, small_shapes, "resnet18", seed=seed)
-        assert first["ResNet-18"][seed].run == resnet
+        assert found[""][seed].run == resnet
         other = found["digits"][seed].run
-        assert (other.dataset, other.fingerprint) == ("digits", digits.fingerprint)
-        assert (other.train_size, len(found["digits"][seed].test_labels)) == (60, 30)
+        assert (other.fingerprint, other.train_size) == (digits.fingerprint, 60)
     assert len(list(small_study.runs_dir.glob("*/result.json"))) == 8
     assert adam == {"model": "simple_cnn", "recipe": RECIPES["adam"]}  # settings stay as given
-
-
-# --- Order and progress ------------------------------------------------------------------------
 
 
 def test_results_come_in_the_order_asked_for_and_each_run_is_trained_once(
@@ -82,9 +69,7 @@ def test_results_come_in_the_order_asked_for_and_each_run_is_trained_once(
 
 
 def test_costs_are_in_proportion_to_measured_times(small_run: MakeRun) -> None:
-    small, large = (
-        small_run(model=name, image_size=32, width=0.25) for name in ("simple_cnn", "resnet18")
-    )
+    small, large = (small_run(model=m, image_size=32) for m in ("simple_cnn", "resnet18"))
     # Images a second on two cores: 8,000 and 1,000.
     assert cost(large) / cost(small) == pytest.approx(8, rel=0.3)
     assert cost(replace(small, epochs=6)) == pytest.approx(3 * cost(small))
@@ -139,9 +124,6 @@ def test_a_bar_is_shown_on_the_terminal_only_if_wanted(
     assert printed.out == "" and ("one run:   0% |" in printed.err) == (progress == "bar")
 
 
-# --- Several processes -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("executor", ["processes", "ray"])
 def test_several_processes_give_the_results_of_one_and_a_failure_stops_no_other(
     request: pytest.FixtureRequest,
@@ -161,65 +143,38 @@ def test_several_processes_give_the_results_of_one_and_a_failure_stops_no_other(
         train_all([diverging, good], study)
     said = f"{diverging.key}: TrainingDiverged: the training loss stopped being finite in epoch 1"
     assert said in str(caught.value)
-    (result,) = train_all([good], study).values()
     alone = load_or_train(good, replace(small_study, runs_dir=tmp_path / "alone"))
-    assert result.folder == study.runs_dir / good.key and differing(alone, result) == []
-    times = [path.stat().st_mtime_ns for path in result.folder.iterdir()]
-    train_all([good], study)  # a second time: nothing to do
-    assert [path.stat().st_mtime_ns for path in result.folder.iterdir()] == times
+    assert differing(alone, load_result(good, study.runs_dir / good.key)) == []
 
 
-def test_ray_that_is_missing_is_named(
-    monkeypatch: pytest.MonkeyPatch, small_study: Study, small_run: MakeRun
-) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"EXECUTOR is ray: pip install '\.\[ray\]'"):
-        train_all([small_run()], replace(small_study, executor="ray"))
-
-
-@pytest.mark.parametrize(("device", "need"), [("cpu", {"num_cpus": 2}), ("cuda", {"num_gpus": 1})])
-def test_results_of_other_machines_are_brought_here(
-    monkeypatch: pytest.MonkeyPatch,
-    small_study: Study,
-    small_run: MakeRun,
-    tmp_path: Path,
-    differing: Differing,
-    device: str,
-    need: dict[str, int],
+def test_ray_trains_each_run_in_a_process_with_one_gpu_and_results_are_brought_here(
+    monkeypatch: pytest.MonkeyPatch, small_study: Study, small_run: MakeRun, tmp_path: Path
 ) -> None:
     """A stand-in for Ray runs here what it is given, as a machine with folders of its own."""
-    asked, threads = [], []
+    asked, elsewhere, made = [], tmp_path / "machine", [small_run(seed=seed) for seed in range(2)]
 
     class Backend(SequentialBackend):
-        def __init__(self, ray_remote_args: dict[str, int], **options: Any) -> None:
-            super().__init__(**options)
-            asked.append(ray_remote_args)
-
-    ray, joblib = ModuleType("ray"), ModuleType("ray.util.joblib")
-    ray.is_initialized, ray.cluster_resources = (lambda: True), (lambda: {"CPU": 4.0, "GPU": 2.0})
-    joblib.register_ray = lambda: register_parallel_backend("ray", Backend)
-    for name, module in {
-        "ray": ray,
-        "ray.util": ModuleType("util"),
-        joblib.__name__: joblib,
-    }.items():
-        monkeypatch.setitem(sys.modules, name, module)
+        def __init__(self, **options: Any) -> None:
+            super().__init__()
+            asked.append(options)
 
     def there(run: Run, study: Study) -> Result:
-        if executors.is_finished(run, study):
-            return load_or_train(run, study)
-        assert study.device == torch.device(device)
-        return load_or_train(run, replace(small_study, runs_dir=tmp_path / "machine"))
+        assert study.device == torch.device("cuda")  # not the number that it has here
+        return load_or_train(run, replace(small_study, runs_dir=elsewhere))
 
+    ray = {name: ModuleType(name) for name in ("ray", "ray.util", "ray.util.joblib")}
+    ray["ray"].init, ray["ray"].cluster_resources = (lambda **_: None), (lambda: {"GPU": 2.0})
+    ray["ray.util.joblib"].register_ray = lambda: register_parallel_backend("ray", Backend)
+    for name, module in ray.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(executors, "load_or_train", there)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    study = replace(small_study, executor="ray", cores_per_run=2, device=torch.device(device))
-    if device == "cuda":  # this machine's second one, say: a worker is shown one GPU only
-        study = replace(study, device=torch.device("cuda:1"))
-    made = [small_run(seed=seed) for seed in range(2)]
-    for run, result in train_all(made, study).items():
-        elsewhere = load_or_train(run, replace(small_study, runs_dir=tmp_path / "machine"))
-        assert result.folder == study.runs_dir / run.key
-        assert differing(elsewhere, result) == []
-        assert runs.read_run(result.folder / "run.json") == run
-    assert asked == [need] and threads == [2, 2]
+    study = replace(small_study, executor="ray", device=torch.device("cuda:1"))
+    assert executors.train_in_processes(made, study) == {}
+    for run in made:
+        for file in (elsewhere / run.key).glob("*.*"):
+            assert (study.runs_dir / run.key / file.name).read_bytes() == file.read_bytes()
+        assert load_result(run, study.runs_dir / run.key).run == run
+    assert asked == [{"ray_remote_args": {"num_gpus": 1}, "maxtasksperchild": 1}]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"EXECUTOR is ray: pip install '\.\[ray\]'"):
+        executors.train_in_processes(made, study)
