@@ -33,15 +33,12 @@ def mean_metrics(results: Sequence[Result], split: str = "test") -> dict[str, fl
     return {name: float(np.mean([r.metrics[split][name] for r in results])) for name in names}
 
 
-TRAINED_OUT = 0.95
-
-
 def trained_out(results: Sequence[Result]) -> bool:
     """Tell whether networks had learnt their training images: at least 95 %, not augmented.
 
     Only then does a comparison say something about capacity, and not about learning speed.
     """
-    return all(r.metrics["train"]["accuracy"] >= TRAINED_OUT for r in results)
+    return all(r.metrics["train"]["accuracy"] >= 0.95 for r in results)
 
 
 def accuracies(results: Mapping[str, Sequence[Result]]) -> dict[str, Interval]:
@@ -80,15 +77,14 @@ def stored_runs(runs_dir: Path) -> pd.DataFrame:
         row = {"run": path.parent.name, "state": "begun"}
         try:
             result = load_result(read_run(path), path.parent)
-            row |= {"state": "finished", "epochs": f"{len(result.history)}"}
-            row |= {"test accuracy (%)": f"{100 * result.test_accuracy:.2f}"}
-            row |= {"gap": f"{100 * gap(result):.2f}", "seconds": f"{result.seconds:.1f}"}
-        except FileNotFoundError:
-            pass  # not finished
+            row |= {"state": "finished", "test accuracy": result.test_accuracy}
+            row |= {"gap": gap(result), "seconds": result.seconds}
         except (RunError, ValueError) as error:
             row["state"] = f"damaged: {error}"
+        except FileNotFoundError:  # not finished
+            pass
         rows.append(row)
-    return pd.DataFrame(rows).fillna("")
+    return pd.DataFrame(rows)
 
 
 def describe_data(dataset: Dataset, role: str = "study") -> dict[str, Any]:
@@ -129,5 +125,6 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    table = stored_runs(config.study().runs_dir)
-    print(f"no runs in {config.study().runs_dir}" if table.empty else table.to_string(index=False))
+    runs_dir = config.study().runs_dir
+    table = stored_runs(runs_dir).to_string(index=False, na_rep="", float_format="{:.3f}".format)
+    print(f"runs in {runs_dir}\n{table}")

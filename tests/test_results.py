@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import config, results
+from helpers import results
 from helpers.config import Study
 from helpers.data import Dataset
 from helpers.evaluation import Interval, seeds_intervals, verdict
@@ -52,19 +52,18 @@ def test_intervals_are_pooled_over_names_and_differences_are_paired(result: Resu
     paired = {name: tables[name] - tables["poor"] for name in ("good", "best")}
     found = results.differences(made, "poor")
     assert list(found) == ["good", "best"] and found == seeds_intervals(paired)
-    alone = results.difference(made["poor"], made["good"])
-    assert alone == seeds_intervals({"alone": -paired["good"]})["alone"] and alone.mean < 0
 
 
 def test_results_of_other_seeds_or_images_are_not_compared(result: Result) -> None:
     good, poor = ([with_correct(result, s, [right, 1]) for s in (0, 1)] for right in (1, 0))
-    with pytest.raises(ValueError, match="differ in seed or test images"):
-        results.difference(good, poor[::-1])
-    other_images = replace(poor[1], test_labels=1 - poor[1].test_labels)
-    with pytest.raises(ValueError, match="differ in seed or test images"):
-        results.differences({"good": good, "poor": [poor[0], other_images]}, "good")
-    with pytest.raises(ValueError, match="shorter"):
-        results.difference(good, poor[:1])
+    other_images = [poor[0], replace(poor[1], test_labels=1 - poor[1].test_labels)]
+    for others, message in (
+        (poor[::-1], "differ in seed or test images"),
+        (other_images, "differ in seed or test images"),
+        (poor[:1], "longer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            results.differences({"good": good, "poor": others}, "good")
 
 
 def test_means_gaps_and_networks_that_were_trained_out(result: Result) -> None:
@@ -80,47 +79,25 @@ def test_means_gaps_and_networks_that_were_trained_out(result: Result) -> None:
     assert not results.trained_out(made)
 
 
-def list_runs(patch: pytest.MonkeyPatch, **environment: str) -> int:
-    """Do what `python -m helpers.results` does."""
-    for name, value in environment.items():
-        patch.setenv(name, value)
-    config.study.cache_clear()
-    try:
-        return results.main()
-    finally:
-        config.study.cache_clear()
-
-
-def test_the_table_shows_every_state(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], result: Result
-) -> None:
+def test_stored_runs_are_listed_with_their_states(result: Result) -> None:
     runs_dir, folders = result.folder.parent, {}
-    for seed, state in enumerate(("resumable", "damaged", "no run", "begun"), start=1):
+    for seed, state in enumerate(("begun", "damaged", "no run"), start=1):
         run = replace(result.run, seed=seed)
         folders[state] = runs_dir / run.key
         folders[state].mkdir()
         (folders[state] / "run.json").write_text(json.dumps(asdict(run)))
-    (folders["resumable"] / "resume.pt").write_bytes(b"")
-    for state in ("damaged", "no run"):
-        shutil.copytree(result.folder, folders[state], dirs_exist_ok=True)
+    shutil.copytree(result.folder, folders["damaged"], dirs_exist_ok=True)
     (folders["damaged"] / "model.safetensors").write_bytes(b"")
     (folders["no run"] / "run.json").write_text("{}")
     (runs_dir / "something else").mkdir()
-    states = (table := results.stored_runs(runs_dir).set_index("run"))["state"]
-    assert len(table) == 5 and states[result.run.key] == "finished"
-    assert all(states[folders[state].name] == state for state in ("resumable", "begun"))
+    table = results.stored_runs(runs_dir).set_index("run")
+    states = table["state"]
+    assert len(table) == 4 and states[folders["begun"].name] == "begun"
     assert states[folders["damaged"].name].startswith("damaged: the result in ")
     assert "run.json can't be read" in states[folders["no run"].name]
-    accuracy, gap = f"{100 * result.test_accuracy:.2f} %", f"{100 * results.gap(result):.2f}"
-    assert list(table.loc[result.run.key])[1:4] == ["2", accuracy, gap]
-    assert list_runs(monkeypatch, RUNS_DIR=str(runs_dir)) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split()[:3] == ["run", "state", "epochs"]
-    assert [line.split()[0] for line in rows] == list(table.index)
-    assert list_runs(monkeypatch, RUNS_DIR=str(result.folder)) == 0
-    assert capsys.readouterr().out == f"no runs in {result.folder}\n"
-    assert list_runs(monkeypatch, PROFILE="huge") == 2
-    assert "PROFILE='huge' is unknown" in capsys.readouterr().err
+    expected = ["finished", result.test_accuracy, results.gap(result), result.seconds]
+    assert list(table.loc[result.run.key]) == expected
+    assert results.stored_runs(result.folder).empty
 
 
 def test_a_result_file_holds_what_is_shown_as_text(study: Study, small_shapes: Dataset) -> None:
