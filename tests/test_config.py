@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,10 @@ from pydantic import Field
 from helpers import config
 from helpers.config import PROFILES, choose_device, dataset_slug, is_path, settings, study
 
-_NAMES = "PROFILE DATASET RUNS_DIR DATA_DIR ANALYSIS_DIR DEVICE PROGRESS EXECUTOR CORES_PER_RUN"
-VARIABLES = _NAMES.split()
+VARIABLES = (
+    *("PROFILE", "DATASET", "BATCH_SIZE", "RUNS_DIR", "DATA_DIR", "ANALYSIS_DIR"),
+    *("DEVICE", "PROGRESS", "EXECUTOR", "CORES_PER_RUN"),
+)
 CPU = torch.device("cpu")
 
 
@@ -28,9 +31,6 @@ def empty_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     study.cache_clear()
     yield
     study.cache_clear()
-
-
-# --- Variables ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("empty", [False, True])
@@ -45,7 +45,7 @@ def test_defaults_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch, empty
 
 def test_every_variable_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     values = {"PROFILE": "smoke", "DATASET": "digits", "DEVICE": "cpu", "CORES_PER_RUN": "12"}
-    values |= {"PROGRESS": "file:/some/where", "EXECUTOR": "processes"}
+    values |= {"PROGRESS": "file:/some/where", "EXECUTOR": "processes", "BATCH_SIZE": "8"}
     # Folders become absolute and may start with a tilde.
     values |= {"RUNS_DIR": "~/my runs", "DATA_DIR": "elsewhere", "ANALYSIS_DIR": f"{tmp_path}/a"}
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -53,13 +53,18 @@ def test_every_variable_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for variable, value in values.items():
         monkeypatch.setenv(variable, value)
     found = study()
-    assert found.profile is PROFILES["smoke"]
+    assert found.profile == replace(PROFILES["smoke"], batch_size=8)
     assert (found.runs_dir, found.data_dir) == (tmp_path / "my runs", tmp_path / "elsewhere")
     assert found.figures_dir == tmp_path / "a" / "digits-smoke" / "figures"
     assert (found.device, found.progress) == (CPU, "file:/some/where")
     assert (found.executor, found.cores_per_run) == ("processes", 12)
     monkeypatch.setenv("PROFILE", "full")
     assert study() is found, "the environment is read once"
+
+
+def test_a_batch_size_above_the_profiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCH_SIZE", "65")
+    assert study().profile == PROFILES["quick"]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,7 @@ def test_every_variable_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         ("DEVICE", ["gpu", "meta:x", "cuda:99"], "auto, cpu, cuda or mps"),
         ("EXECUTOR", ["dask", "LOCAL"], "local, processes or ray"),
         ("CORES_PER_RUN", ["0", "-1", "1.5", "two", "1\n"], "a whole number of CPU cores"),
+        ("BATCH_SIZE", ["0", "1e3"], "a whole number of images"),
     ],
 )
 def test_a_bad_value_is_shown_with_the_good_ones(
@@ -92,17 +98,58 @@ def test_tests_run_in_smoke_whatever_is_exported() -> None:
     assert printed.split() == ["smoke", "local"]
 
 
-# --- Device and paths --------------------------------------------------------------------------
+def a_machine(patch: pytest.MonkeyPatch, *, works: bool, gpu: str = "") -> list[str]:
+    """Play a machine with a GPU or none, which works in torch or not; list the devices tried."""
+    ones, tried = torch.ones, []
+
+    def make(*shape: int, device: str) -> torch.Tensor:
+        tried.append(device)
+        if device == "cuda" and not works:
+            raise RuntimeError("the driver is too old\nand so on")
+        return ones(*shape)
+
+    patch.setattr(config, "nvidia_gpu", lambda: gpu)
+    patch.setattr(torch.cuda, "is_available", lambda: works)
+    patch.setattr(torch.backends.mps, "is_available", lambda: True)
+    patch.setattr(torch, "ones", make)
+    return tried
 
 
-def test_auto_takes_the_best_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(torch, "zeros", lambda n, device: made.append(device) or torch.ones(n))
-    for cuda, mps in ((True, True), (False, True), (False, False)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
-        choose_device("auto")
-    assert made == ["cuda", "mps", "cpu"]
+@pytest.mark.parametrize(("works", "device"), [(True, "cuda"), (False, "cpu")])
+def test_auto_takes_a_gpu_or_the_cpu_and_never_apples(
+    monkeypatch: pytest.MonkeyPatch, works: bool, device: str
+) -> None:
+    tried = a_machine(monkeypatch, works=works)
+    choose_device("auto")
+    assert tried == [device]
+
+
+@pytest.mark.parametrize("variable", ["DEVICE=", "DEVICE=cuda", "PROFILE=full"])
+@pytest.mark.parametrize("gpu", ["Tesla T4, 535.104.05", ""])
+def test_a_gpu_that_is_needed_but_cannot_be_used_stops_with_driver_and_advice(
+    monkeypatch: pytest.MonkeyPatch, variable: str, gpu: str
+) -> None:
+    a_machine(monkeypatch, works=False, gpu=gpu)
+    monkeypatch.setenv(*variable.split("="))
+    if not gpu and variable == "DEVICE=":
+        assert study().device == CPU
+        return
+    with pytest.raises(ValueError, match="'cuda' can't be used .the driver is too old.;") as caught:
+        study()
+    for part in (gpu or "none", torch.__version__, "--index-url https://", "DEVICE=cpu"):
+        assert part in str(caught.value)
+    monkeypatch.setenv("DEVICE", "cpu")
+    assert study().device == CPU
+
+
+def test_the_driver_is_asked_for_its_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho Tesla T4, 535.104.05\necho Tesla T4, 535.104.05\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert config.nvidia_gpu() == "Tesla T4, 535.104.05"
+    tool.write_text("#!/bin/sh\nexit 9\n")  # the tool is here, a driver isn't
+    assert config.nvidia_gpu() in ("", "/dev/nvidia0")
 
 
 def test_number_format_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +197,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=f"{place} can't be written .*set RUNS_DIR"):
             config.write_atomically(place, b"content")
     assert not list(tmp_path.glob(".*")), "nothing is left behind"
-
-
-# --- Settings ----------------------------------------------------------------------------------
 
 
 @settings

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import runs
+from helpers import runs, training
 from helpers.config import Study
 from helpers.recipes import RECIPES
 from helpers.runs import Result, Run, load_or_train
@@ -176,6 +176,18 @@ def test_a_result_that_was_cut_off_is_finished_without_training(
     assert (attempt.folder / "resume.pt").exists()
     assert not (attempt.folder / "result.json").exists()
     attempt.assert_undisturbed(attempt.go(cut_after=0))  # no epoch is trained again
+
+
+def test_a_checkpoint_of_another_arithmetic_is_begun_anew(
+    monkeypatch: pytest.MonkeyPatch, attempt: Attempt
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(training, "compute_dtype", lambda device: torch.float16)  # with a scaler
+        attempt.go(cut_after=3)
+    monkeypatch.setattr(training, "compute_dtype", lambda device: torch.float32)
+    with pytest.warns(match=r"in cpu, torch.float16, now it is cpu, torch.float32: begun anew"):
+        result = attempt.go()
+    attempt.assert_undisturbed(result)
 
 
 class Malicious:
