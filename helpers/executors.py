@@ -64,10 +64,7 @@ def train_all(
     missing = [run for run in dict.fromkeys(runs) if not is_finished(run, study)]
     with show_progress(missing, study, title):
         if missing and study.executor != "local":
-            failures = train_in_processes(sorted(missing, key=cost, reverse=True), study)
-            if failures:
-                listed = "\n".join(f"{run.key}: {text}" for run, text in failures.items())
-                raise RunError(f"{len(failures)} of {len(missing)} runs failed:\n{listed}")
+            train_in_processes(sorted(missing, key=cost, reverse=True), study)
         return {run: load_or_train(run, study) for run in runs}
 
 
@@ -76,8 +73,8 @@ def is_finished(run: Run, study: Study) -> bool:
     return (study.runs_dir / run.key / "result.json").exists()
 
 
-def train_in_processes(runs: Sequence[Run], study: Study) -> dict[Run, str]:
-    """Train runs several at a time, in processes here or by Ray; return what failed and why.
+def train_in_processes(runs: Sequence[Run], study: Study) -> None:
+    """Train runs several at a time, in processes here or by Ray; RunError names those that failed.
 
     Ray's get one GPU each, or `study.cores_per_run` CPU cores. It starts on this machine, unless
     the variable RAY_ADDRESS names a cluster that is running. Raises ImportError without Ray.
@@ -102,10 +99,12 @@ def train_in_processes(runs: Sequence[Run], study: Study) -> dict[Run, str]:
         how["maxtasksperchild"] = 1 if gpu else None
     with parallel_config(n_jobs=max(1, min(at_once, len(runs))), **how):
         outcomes = Parallel(batch_size=1)(delayed(_train_in_worker)(run, study) for run in runs)
+    failed = [f"{run.key}: {e}" for run, (e, _) in zip(runs, outcomes, strict=True) if e]
     for run, (_, files) in zip(runs, outcomes, strict=True):
         for name in files if not is_finished(run, study) else ():
             write_atomically(study.runs_dir / run.key / name, files[name])
-    return {run: error for run, (error, _) in zip(runs, outcomes, strict=True) if error}
+    if failed:
+        raise RunError("\n".join([f"{len(failed)} of {len(runs)} runs failed:", *failed]))
 
 
 RESULT_FILES = ("run.json", "predictions.npz", "model.safetensors", "history.csv", "result.json")

@@ -21,11 +21,11 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from helpers import config, finetuning
-from helpers.config import Study, dataset_slug, readable, settings, write_atomically
+from helpers.config import Study, dataset_slug, settings, write_atomically
 from helpers.data import SPLITS, Dataset, load_dataset
 from helpers.evaluation import metrics, predict
 from helpers.finetuning import IMAGENET
@@ -189,17 +189,6 @@ def make_run(study: Study, dataset: Dataset, model: str, *, seed: int, **changes
     )
 
 
-def read_run(path: Path) -> Run:
-    """Read a Run from a JSON file such as the run.json of a stored run.
-
-    Raises OSError if the file can't be read, and ValueError, naming it, if it holds no Run.
-    """
-    try:
-        return TypeAdapter(Run).validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise ValueError(f"{path} can't be read. {readable(Run, error)}") from None
-
-
 class RunError(RuntimeError):
     """A stored run that is damaged, or of other data; the message names the remedy."""
 
@@ -293,9 +282,8 @@ def load_or_train(
     """Return a run's Result: stored if it's there and whole, resumed or trained otherwise.
 
     Two processes that ask for the same run share it: one trains, the other waits and loads (a
-    lock of the operating system, which dies with its process).
-
-    Raises RunError for a damaged run, and what `training.train` raises.
+    lock of the operating system, which dies with its process). Raises RunError for a damaged run,
+    and what `training.train` raises.
     """
     study = study or config.study()
     folder = study.runs_dir / run.key

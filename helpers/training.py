@@ -61,15 +61,13 @@ def make_optimizer(
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     parameters = trainable if rate_factor == 1 else parameter_groups(model, rate_factor)
-    device, sgd = trainable[0].device, recipe.optimizer == "sgd"
-    fused = device.type == "cuda" and not (sgd and compute_dtype(device) == torch.float16)
-    common = {"lr": recipe.peak_learning_rate, "weight_decay": recipe.weight_decay, "fused": fused}
-    if sgd:
-        return torch.optim.SGD(
-            parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, **common
-        )
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, **common)
+    options = {"lr": recipe.peak_learning_rate, "weight_decay": recipe.weight_decay}
+    options["fused"] = (device := trainable[0].device).type == "cuda"
+    if recipe.optimizer == "sgd":
+        options |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+        options["fused"] &= compute_dtype(device) != torch.float16
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[recipe.optimizer](parameters, **options)
 
 
 class TrainingDiverged(RuntimeError):
@@ -81,9 +79,7 @@ class OutOfMemory(RuntimeError):
 
 
 # How torch says so: on CUDA and MPS, for cuDNN and cuBLAS, on a CPU under Linux and Windows.
-MEMORY_RAN_OUT = re.compile(
-    "out of memory|STATUS_ALLOC_FAILED|can't allocate memory|not enough memory"
-)
+MEMORY_RAN_OUT = re.compile("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory")
 
 
 @dataclass(frozen=True)
@@ -101,6 +97,9 @@ class EpochRecord:
     validation_loss: float
     validation_accuracy: float
     seconds: float
+
+
+STATEFUL = ("model", "optimizer", "scaler")
 
 
 @dataclass
@@ -163,7 +162,6 @@ class State:
             ) from error
 
 
-STATEFUL = ("model", "optimizer", "scaler")
 # Where compiling pays: on a CPU a short run doesn't win back the minute that it takes.
 COMPILED_DEVICES = ("cuda",)
 Forward = Callable[[Tensor], Tensor]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import multiprocessing
 import os
 import signal
@@ -188,45 +186,3 @@ def test_a_checkpoint_of_another_arithmetic_is_begun_anew(
     with pytest.warns(match=r"in cpu, torch.float16, now it is cpu, torch.float32: begun anew"):
         result = attempt.go()
     attempt.assert_undisturbed(result)
-
-
-class Malicious:
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, ("executed",)
-
-
-def stored(content: object) -> bytes:
-    """A checkpoint whose checksum fits."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[:-1],
-        lambda content: bytes([content[0] ^ 4]) + content[1:],
-        lambda content: content[:-999] + bytes([content[-999] ^ 4]) + content[-998:],
-        lambda content: stored({"model": Malicious()}),
-        lambda content: stored({"model": {}, "optimizer": {}}),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_used_is_refused_and_left(
-    monkeypatch: pytest.MonkeyPatch, attempt: Attempt, damage: Callable[[bytes], bytes]
-) -> None:
-    with pytest.raises(Cut):
-        attempt.go(cut_after=3)
-    path = attempt.folder / "resume.pt"
-    content = damage(path.read_bytes())
-    path.write_bytes(content)
-    monkeypatch.chdir(attempt.folder)
-    with pytest.raises(ValueError) as caught:
-        attempt.go()
-    assert str(caught.value).startswith(f"{path} can't be used (")
-    assert str(caught.value).endswith("Delete it to train this run from the start.")
-    assert path.read_bytes() == content  # an error destroys nothing
-    assert not Path("executed").exists()  # and nothing in a checkpoint is executed
-    path.unlink()
-    attempt.assert_undisturbed(attempt.go())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -20,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
+from pydantic import TypeAdapter
 
 from helpers import config, data, runs, training
 from helpers.config import Study
@@ -33,9 +33,7 @@ from helpers.runs import (
     RunError,
     Transfer,
     load_or_train,
-    load_result,
     make_run,
-    read_run,
 )
 
 MakeRun = Callable[..., Run]
@@ -70,8 +68,6 @@ def refuse_to_train(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(runs, "train", train)
 
-
-# --- Settings and keys -------------------------------------------------------------------------
 
 CHANGES = {
     "dataset": "shapes-marked",
@@ -150,16 +146,10 @@ def test_equal_runs_have_equal_keys_and_every_setting_changes_them(
     assert len(set(hashes)) == len(hashes) == len(set(variants(run).values())) + 1
 
 
-def test_run_json_holds_the_whole_run(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
+def test_run_json_holds_the_whole_run(run: Run) -> None:
     for name, original in variants(run).items():
-        path.write_text(json.dumps(asdict(original)))
-        assert read_run(path) == original and read_run(path).key == original.key, name
-    for text in ("{", "{}", "[]", json.dumps(asdict(run) | {"colour": "red"})):
-        path.write_text(text)
-        with pytest.raises(ValueError) as caught:
-            read_run(path)
-        assert str(caught.value).startswith(f"{path} can't be read. ")
+        written = json.dumps(asdict(original))
+        assert TypeAdapter(Run).validate_json(written) == original, name
 
 
 def test_a_whole_number_is_the_same_setting_as_its_float(run: Run) -> None:
@@ -182,25 +172,12 @@ def test_the_key_is_readable_and_a_folder_is_known_by_name_and_content(run: Run)
     assert first.key == second.key  # nor does the place of a source's folder enter
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Run)])
-def test_a_run_refuses_what_is_not_allowed(run: Run, name: str) -> None:
-    more = {"dropout": 1, "width": 17, "image_size": 7, "seed": 2**32, "epochs": 2.0}
-    for value in ("", -1, math.nan, *([more[name]] if name in more else [])):
-        with pytest.raises(ValueError, match=f"^Run: {name}.* is ") as caught:
-            replace(run, **{name: value})
-        assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda r: replace(r, train_size=15), "batch_size is 16; expected at most 15"),
         (lambda r: replace(r, model="resnet18", stem="imagenet"), "at least 33"),
-        (lambda r: Transfer("resnet18.pth"), "source is 'resnet18.pth'"),
-        (lambda r: Transfer(r, rate_factor=0), "rate_factor is 0"),
-        (lambda r: Transfer(r, rate_factor=1.5), "rate_factor is 1.5"),
-        (lambda r: Pruning(r, "layers", 0.5), "kind is 'layers'"),
-        (lambda r: Pruning(r, "weights", 1.0), "sparsity is 1.0"),
+        (lambda r: replace(r.recipe, momentum=0.0, nesterov=True), "nesterov is True with momen"),
         (lambda r: replace(r, width=0.5, start=Transfer(r)), "width is 0.5; .* has 0.25"),
         (lambda r: replace(r, model="resnet34", start=Transfer(r)), "model is 'resnet34'"),
         (
@@ -245,9 +222,6 @@ def test_a_study_makes_runs_at_its_profiles_size(profile: str, small_study: Stud
     assert (changed.patience, changed.epochs, changed.test_size) == (3, 5, 9)
 
 
-# --- Load or train -----------------------------------------------------------------------------
-
-
 def test_trains_once_and_then_loads(
     monkeypatch: pytest.MonkeyPatch, small_study: Study, run: Run
 ) -> None:
@@ -255,7 +229,7 @@ def test_trains_once_and_then_loads(
     folder = small_study.runs_dir / run.key
     names = {"run.json", "history.csv", "result.json", "predictions.npz", "model.safetensors"}
     assert {path.name for path in folder.iterdir()} - {"lock"} == names
-    assert read_run(folder / "run.json") == run
+    assert json.loads((folder / "run.json").read_bytes()) == asdict(run)
     refuse_to_train(monkeypatch)
     loaded = load_or_train(run, small_study)
     assert loaded.run == run and loaded.folder == folder
@@ -300,37 +274,6 @@ def test_the_test_split_is_read_once_after_training(
     assert order == ["trained", "test"]
 
 
-FILES = ("result.json", "history.csv", "predictions.npz", "model.safetensors")
-DAMAGES = {
-    "flipped": lambda content: content.replace(content[-99:], bytes([content[-99] ^ 1]) * 99),
-    "truncated": lambda content: content[:-9],
-    "empty": lambda content: b"",
-    "of another shape": lambda content: b'{"files": {}, "classes": ["a"]}',
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
-def test_a_damaged_file_is_told_and_not_trained_again(
-    monkeypatch: pytest.MonkeyPatch, stored: Study, run: Run, name: str, damage: str
-) -> None:
-    refuse_to_train(monkeypatch)
-    path = stored.runs_dir / run.key / name
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    if (name, damage) == ("result.json", "missing"):  # then a run isn't finished
-        with pytest.raises(FileNotFoundError):
-            load_result(run, path.parent)
-        return
-    with pytest.raises(RunError) as caught:
-        load_or_train(run, stored)
-    assert str(caught.value).startswith(f"the result in {path.parent} is damaged (")
-    assert name == "result.json" or name in str(caught.value)
-    assert str(caught.value).endswith("Delete the folder to train this run again.")
-
-
 def test_images_that_have_changed_are_refused(
     drawn_folder: Path, small_study: Study, small_run: MakeRun, run: Run
 ) -> None:
@@ -344,8 +287,6 @@ def test_images_that_have_changed_are_refused(
         load_or_train(replace(mine, seed=1), small_study)
     assert load_or_train(mine, small_study).run == mine  # what is finished stays readable
 
-
-# --- Several processes -------------------------------------------------------------------------
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["helpers.runs", "torch._dynamo"])
