@@ -19,7 +19,7 @@ help:
 	@echo "make test      lint, unit tests, and every notebook compared with its outputs"
 	@echo "make lab       open JupyterLab in notebooks/"
 	@echo "make report    build the report of a study that has run"
-	@echo "make runs      list stored runs with their state and headline metrics"
+	@echo "make runs      list stored runs with their state and metrics"
 	@echo "make bench     measure speed against reference loops and peer libraries"
 	@echo "make soak      kill a training 100 times and compare with the uninterrupted one"
 	@echo "make golden    compare weights, maps and fingerprints with the golden record"

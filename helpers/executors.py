@@ -125,10 +125,10 @@ def _train_in_worker(run: Run, study: Study) -> tuple[str, dict[str, bytes]]:
 
 @functools.cache
 def cost(run: Run) -> float:
-    """Return multiply-adds x images x epochs, and some more, to weigh runs against each other.
+    """Return multiply-adds x images x epochs, to weigh runs against each other.
 
-    What an image costs besides is taken for 4 million multiply-adds: on two cores SimpleCNN (0.8
-    million) trains on 8,000 images/s, ResNet-18 (35 million) on 1,000.
+    An image costs 4 million more: on two cores SimpleCNN (0.8 million multiply-adds) trains on
+    8,000 images/s, ResNet-18 (35 million) on 1,000.
     """
     size = run.image_size or 32
     with torch.device("meta"):
@@ -138,10 +138,9 @@ def cost(run: Run) -> float:
 
 @contextlib.contextmanager
 def show_progress(runs: Sequence[Run], study: Study, title: str) -> Iterator[None]:
-    """Show one bar of what all runs cost, with the time left, as the study's `progress` says.
+    """Show one bar of what all runs cost, with the time left, where the study's `progress` says.
 
-    "bar" is one in the notebook or on the terminal; "file:PATH" writes it into a file, for whoever
-    runs the notebook; "none" shows nothing.
+    That is "bar" (in the notebook or terminal), "file:PATH" (for whoever runs it) or "none".
     """
     kind, _, path = study.progress.partition(":")
     if kind == "none" or not runs:

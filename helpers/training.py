@@ -302,13 +302,10 @@ def train(
     """Train a network in place on a dataset's training split; the test split isn't touched.
 
     With `patience`, training stops when the validation loss hasn't fallen for that many epochs,
-    and the network gets the weights of the best epoch (Prechelt, 1998). Parameters that require no
-    gradient stay as they are, and so do the statistics of a batch norm whose parameters don't. For
-    `rate_factor` see `make_optimizer`.
-
-    In a `folder`, history.csv is written after each epoch and resume.pt, from which the run goes
-    on if it is there, at most every `checkpoint_seconds`. On the same machine and software weights
-    and history are the same bit for bit (but for seconds), however often the run was cut off.
+    and the network gets the weights of the best epoch (Prechelt, 1998). `rate_factor` is that of
+    `make_optimizer`. In a `folder`, history.csv is written after each epoch and resume.pt, from
+    which the run goes on if it is there, at most every `checkpoint_seconds`. On the same machine
+    and software weights and history are the same bit for bit, however often it was cut off.
 
     Raises ValueError for a batch larger than the training split or a resume.pt that can't be used,
     TrainingDiverged when the loss isn't finite, and OutOfMemory.
