@@ -61,8 +61,9 @@ def make_optimizer(
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     parameters = trainable if rate_factor == 1 else parameter_groups(model, rate_factor)
+    device = trainable[0].device
     options = {"lr": recipe.peak_learning_rate, "weight_decay": recipe.weight_decay}
-    options["fused"] = (device := trainable[0].device).type == "cuda"
+    options["fused"] = device.type == "cuda"
     if recipe.optimizer == "sgd":
         options |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
         options["fused"] &= compute_dtype(device) != torch.float16
@@ -140,21 +141,23 @@ class State:
         One of another arithmetic is left aside, with a warning: the bits would be others. Raises
         ValueError for one that is damaged or of another network.
         """
-        digest, payload = (stored := path.read_bytes())[:32], stored[32:]
+        stored = path.read_bytes()
         try:
-            if hashlib.sha256(payload).digest() != digest:
+            if hashlib.sha256(stored[32:]).digest() != stored[:32]:
                 raise ValueError("its checksum doesn't fit its bytes")
-            content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-            if (then := content.get("arithmetic", self.arithmetic)) != self.arithmetic:
-                said = f"{path} was computed in {then}, now it is {self.arithmetic}: begun anew"
-                warnings.warn(said, stacklevel=2)
+            content = torch.load(io.BytesIO(stored[32:]), map_location="cpu", weights_only=True)
+            now = self.arithmetic
+            if (then := content.get("arithmetic", now)) != now:  # older checkpoints don't say
+                warnings.warn(
+                    f"{path} was computed in {then}, now it is {now}: begun anew", stacklevel=2
+                )
                 return
             for name in STATEFUL:
                 getattr(self, name).load_state_dict(content[name])
             self.history = [EpochRecord(**record) for record in content["history"]]
             self.best, self.best_epoch = content["best"], content["best_epoch"]
             torch.set_rng_state(content["cpu"])
-            if "cuda" in content:
+            if "cuda" in content and torch.cuda.is_initialized():
                 torch.cuda.set_rng_state(content["cuda"])
         except Exception as error:  # code in a pickle, or whatever else isn't a checkpoint
             raise ValueError(
@@ -258,6 +261,16 @@ def train_epoch(
     return float(loss_sum) / len(loader), float(correct) / (len(loader) * loader.batch_size)
 
 
+def check_finite(loss: float, what: str, epoch: int, rate: float, recipe: Recipe) -> None:
+    """Raise TrainingDiverged for a loss that is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise TrainingDiverged(
+            f"the {what} loss stopped being finite in epoch {epoch + 1}, which ended at learning "
+            f"rate {rate:.3g}. Lower the learning rate (recipe {recipe.name!r}: "
+            f"{recipe.learning_rate:.3g}), or check the data for wrong values."
+        )
+
+
 def train_and_validate(
     state: State, forward: Forward, loader: Loader, dataset: Dataset, recipe: Recipe, epochs: int
 ) -> EpochRecord:
@@ -270,13 +283,8 @@ def train_and_validate(
     loss = float(F.cross_entropy(logits, split.labels))
     accuracy = float((logits.argmax(1) == split.labels).double().mean())
     rate = learning_rate_at(recipe, (epoch + 1) * len(loader) - 1, steps)
-    for what, value in (("training", train_loss), ("validation", loss)):
-        if not math.isfinite(value):
-            raise TrainingDiverged(
-                f"the {what} loss stopped being finite in epoch {epoch + 1}, which ended at "
-                f"learning rate {rate:.3g}. Lower the learning rate (recipe {recipe.name!r}: "
-                f"{recipe.learning_rate:.3g}), or check the data for wrong values."
-            )
+    check_finite(train_loss, "training", epoch, rate, recipe)
+    check_finite(loss, "validation", epoch, rate, recipe)
     if loss < min((record.validation_loss for record in state.history), default=math.inf):
         state.best_epoch = epoch + 1
     state.history.append(
