@@ -110,9 +110,11 @@ def measure(count: int, batch: int, width: float) -> list[str]:
 
     ours = build_model("resnet18", num_classes=10, width=width)
     ours.to(device, memory_format=torch.channels_last)
-    forward = training.compiled(ours, loader) if device.type in training.COMPILED_DEVICES else ours
+    forward = (
+        training.compiled(ours, loader, dtype) if device.type in training.COMPILED_DEVICES else ours
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = training.State(ours, training.make_optimizer(ours, recipe), scaler, [])
+    state = training.State(ours, training.make_optimizer(ours, recipe), scaler, dtype, [])
 
     def our_epoch() -> float:
         return timed(lambda: training.train_epoch(state, forward, loader, recipe, 0, len(loader)))

@@ -234,8 +234,8 @@ class Result:
         return model.to(device).eval()
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """Return what a result depends on apart from the Run: device and versions."""
+def machine(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """Return what a result depends on apart from the Run: device, number format and versions."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -243,7 +243,7 @@ def machine(device: torch.device) -> dict[str, str]:
     name = f"{name}, {torch.get_num_threads()} threads"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
-        "dtype": str(config.compute_dtype(device)).removeprefix("torch."),
+        "dtype": str(dtype or config.compute_dtype(device)).removeprefix("torch."),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -336,7 +336,7 @@ def _train(run: Run, study: Study, folder: Path, **options: Any) -> None:
         "best_epoch": trained.best_epoch,
         "stopped_early": len(trained.history) < run.epochs,
         "seconds": sum(record.seconds for record in trained.history),
-        "machine": machine(study.device),
+        "machine": machine(study.device, trained.dtype),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     write_atomically(folder / "result.json", json.dumps(summary, indent=1).encode())

@@ -33,6 +33,7 @@ from helpers.config import compute_dtype, write_atomically
 from helpers.data import Dataset
 from helpers.evaluation import predict
 from helpers.loader import Loader
+from helpers.numerics import faulty_layer
 from helpers.recipes import Recipe, learning_rate_at
 
 
@@ -114,6 +115,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    dtype: torch.dtype
     history: list[EpochRecord]
     best_epoch: int = 0
     best: dict[str, Tensor] | None = None
@@ -122,7 +124,7 @@ class State:
     def arithmetic(self) -> str:
         """The type of device and the number format, as "cuda, torch.float16"."""
         device = next(self.model.parameters()).device
-        return f"{device.type}, {compute_dtype(device)}"
+        return f"{device.type}, {self.dtype}"
 
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically: the SHA-256 of the rest, then torch.save."""
@@ -171,13 +173,28 @@ Forward = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """Return the context in which a device multiplies in its `compute_dtype`."""
-    dtype = compute_dtype(device)
+def trusted_dtype(model: nn.Module, loader: Loader) -> torch.dtype:
+    """Return a device's `compute_dtype` if its kernels are right for a network, else float32."""
+    dtype = compute_dtype(loader.device)
+    if dtype == torch.float32:
+        return dtype
+    images, labels = next(loader.batches(0))
+    layer = faulty_layer(model, images, lambda logits: F.cross_entropy(logits, labels), dtype)
+    if layer is None:
+        return dtype
+    warnings.warn(
+        f"{dtype} is wrong here in layer {layer!r}: training in float32, slower but right",
+        stacklevel=2,
+    )
+    return torch.float32
+
+
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which a device multiplies in a format."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def compiled(model: nn.Module, loader: Loader) -> Forward:
+def compiled(model: nn.Module, loader: Loader, dtype: torch.dtype) -> Forward:
     """Return the compiled forward pass of a network, or where that fails, warn and return it as is.
 
     Small networks are bound by kernel launches; mode "reduce-overhead" replays them as CUDA graphs.
@@ -196,7 +213,7 @@ def compiled(model: nn.Module, loader: Loader) -> Forward:
     try:
         with repeatable(loader.device, loader.seed):
             for _ in range(3):
-                with mixed_precision(loader.device):
+                with mixed_precision(loader.device, dtype):
                     logits = forward(images)
                 logits.float().sum().backward()
         return forward
@@ -247,7 +264,7 @@ def train_epoch(
         rate = learning_rate_at(recipe, step, steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
-        with mixed_precision(loader.device):
+        with mixed_precision(loader.device, state.dtype):
             logits = forward(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
         state.optimizer.zero_grad(set_to_none=True)
@@ -277,8 +294,8 @@ def train_and_validate(
     """Train one more epoch of `epochs`, validate, and keep what came of it in the state."""
     begun, epoch, steps = time.perf_counter(), len(state.history), epochs * len(loader)
     train_loss, train_accuracy = train_epoch(state, forward, loader, recipe, epoch, steps)
-    dtype, split = compute_dtype(loader.device), dataset.validation
-    logits = predict(state.model, split, loader.mean, loader.std, dtype=dtype)
+    split = dataset.validation
+    logits = predict(state.model, split, loader.mean, loader.std, dtype=state.dtype)
     seconds = time.perf_counter() - begun  # the logits are on the CPU: the device has finished
     loss = float(F.cross_entropy(logits, split.labels))
     accuracy = float((logits.argmax(1) == split.labels).double().mean())
@@ -322,14 +339,15 @@ def train(
         raise ValueError(f"batch_size is {recipe.batch_size}; expected at most {most}, all images")
     keep_memory()
     model.to(device, memory_format=torch.channels_last)  # all channels of a pixel together
-    # float16's small range needs a scaled loss; bfloat16 and float32 don't.
-    scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(device) == torch.float16)
-    state = State(model, make_optimizer(model, recipe, rate_factor), scaler, [])
     seen = (*dataset.channel_statistics, recipe.batch_size, recipe.augmentation, dataset.flippable)
     loader = Loader(dataset.train, *seen, seed, device)
+    dtype = trusted_dtype(model, loader)
+    # float16's small range needs a scaled loss; bfloat16 and float32 don't.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    state = State(model, make_optimizer(model, recipe, rate_factor), scaler, dtype, [])
     checkpoint, saved = folder and folder / "resume.pt", time.monotonic()
     with repeatable(device, seed), explained_out_of_memory(model, recipe, dataset):
-        forward = compiled(model, loader) if device.type in COMPILED_DEVICES else model
+        forward = compiled(model, loader, dtype) if device.type in COMPILED_DEVICES else model
         if checkpoint and checkpoint.exists():
             state.load(checkpoint)
         while (epoch := len(state.history)) < epochs:

@@ -169,7 +169,7 @@ class Evil:
 def state() -> State:
     model = torch.nn.Linear(2, 1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return State(model, make_optimizer(model, RECIPES["fast"]), scaler, [])
+    return State(model, make_optimizer(model, RECIPES["fast"]), scaler, torch.float32, [])
 
 
 def test_a_changed_checkpoint_is_refused_and_stays(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from helpers.config import ROOT
 
 # A module imports from lower floors only.
 FLOORS = {
-    1: "config shapes models corruptions folders",
+    1: "config shapes models corruptions folders numerics",
     2: "data gradcam",
     3: "loader",
     4: "evaluation recipes",
