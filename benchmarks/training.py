@@ -35,9 +35,8 @@ def drawn_dataset(count: int) -> Dataset:
     splits = []
     for seed in range(3):
         labels = torch.arange(count) % 10
-        drawing = shapes.draw(labels.numpy(), seed=seed)
-        images = torch.from_numpy(drawing.images.transpose(0, 3, 1, 2).copy())
-        splits.append(Split(images, labels))
+        images = shapes.draw(labels.numpy(), seed=seed).images.transpose(0, 3, 1, 2)
+        splits.append(Split(torch.from_numpy(images.copy()), labels))
     return Dataset("shapes", "Shapes", shapes.CLASSES, *splits, "benchmark")
 
 
