@@ -4,11 +4,8 @@ Maps are tensors N x H x W, non-negative, at image size; masks are bool tensors 
 images are N x 3 x H x W, normalised as the model wants them. Every metric returns `Scores`: one
 value for each image, and counts of what could not be scored. An all-zero map points nowhere and
 an empty mask can't be hit: both are left out of the mean and counted, never taken for hits.
-
-Placed: `pointing_game`, `energy_in_mask`, `iou`, and `grid_pointing_game` on `mosaics`. Faithful:
-`insertion_deletion`, `drop_and_increase`, `road`. Steady: `parameter_randomisation`,
-`rank_correlation`, `agreement`. `compare` makes the table and always adds the controls of
-`control_maps`: a method says something only where it beats random, centred, edge and uniform maps.
+`compare` always adds the controls of `control_maps`: a method says something only where it beats
+random, centred, edge and uniform maps.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
+from scipy import sparse, stats
 from scipy.sparse.linalg import splu
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +28,7 @@ from helpers.evaluation import Interval, bootstrap_interval
 from helpers.gradcam import undisturbed
 
 BATCH = 256  # images in one forward pass at most
+STEPS = 16  # of insertion and deletion
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,38 +39,38 @@ class Scores:
     all_zero: int = 0
     empty_mask: int = 0
 
-    def interval(self, *, seed: int = 0) -> Interval:
-        """Mean over the scored images with its bootstrap interval; ValueError if none is left."""
+    def interval(self) -> Interval:
+        """Mean of the scored images with its bootstrap interval; ValueError if there are none."""
         scored = self.values[~np.isnan(self.values)]
         if not len(scored):
             left_out = f"{self.all_zero} all-zero maps, {self.empty_mask} empty masks"
             raise ValueError(f"no image could be scored: {left_out}.")
-        return bootstrap_interval(scored, seed=seed)
+        return bootstrap_interval(scored)
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Scores:
     """1 where the map's maximum lies in the mask, else 0 (Zhang et al., IJCV 2018).
 
-    Where several pixels share the maximum (to a millionth, since enlarging rounds), the share of
-    them that lies in the mask: a uniform map gets its chance level, not a hit.
+    Where several pixels share it (to a millionth, since enlarging rounds), the share of them that
+    lies in the mask: a uniform map gets its chance level, not a hit.
     """
     maps, masks = _check(maps, masks)
     peaks = maps >= (1 - 1e-6) * maps.amax((1, 2), keepdim=True)
-    return _placed((peaks & masks).sum((1, 2)) / peaks.sum((1, 2)), maps, masks)
+    return _scores((peaks & masks).sum((1, 2)) / peaks.sum((1, 2)), maps, masks)
 
 
 def energy_in_mask(maps: Tensor, masks: Tensor) -> Scores:
     """Share of the map's sum that lies in the mask (Wang et al., Score-CAM, CVPRW 2020)."""
     maps, masks = _check(maps, masks)
-    return _placed((maps * masks).sum((1, 2)) / maps.sum((1, 2)), maps, masks)
+    return _scores((maps * masks).sum((1, 2)) / maps.sum((1, 2)), maps, masks)
 
 
-def iou(maps: Tensor, masks: Tensor, level: float = 0.5) -> Scores:
-    """Intersection over union of the mask and the pixels with at least `level` of the maximum."""
+def iou(maps: Tensor, masks: Tensor) -> Scores:
+    """Intersection over union of the mask and the pixels with at least half of the maximum."""
     maps, masks = _check(maps, masks)
-    region = maps >= level * maps.amax((1, 2), keepdim=True)
+    region = maps >= 0.5 * maps.amax((1, 2), keepdim=True)
     union = (region | masks).sum((1, 2))
-    return _placed((region & masks).sum((1, 2)) / union, maps, masks)
+    return _scores((region & masks).sum((1, 2)) / union, maps, masks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,44 +79,34 @@ class Mosaics:
 
     images: Tensor  # M x 3 x rows * H x columns * W
     labels: Tensor  # M x cells (int64), the class of each
-    sources: Tensor  # M x cells, which image each shows
-    grid: tuple[int, int]  # rows and columns
 
 
-def mosaics(
-    images: Tensor, labels: Tensor, *, grid: tuple[int, int] = (2, 2), count: int, seed: int = 0
-) -> Mosaics:
+def mosaics(images: Tensor, labels: Tensor, grid: tuple[int, int], count: int) -> Mosaics:
     """Draw `count` mosaics of rows x columns images, no class twice (Böhle et al., CVPR 2021).
 
     Pass images that the network classifies correctly. Raises ValueError for too few classes.
     """
-    labels = torch.as_tensor(labels)
-    classes = labels.unique()
     rows, columns = grid
-    cells = rows * columns
-    if len(labels) != len(images) or len(classes) < cells:
-        found = f"{len(classes)} classes, {len(images)} images and {len(labels)} labels"
-        raise ValueError(f"a mosaic needs {cells} classes and a label an image; got {found}.")
-    generator = np.random.default_rng(seed)
+    classes = labels.unique()
+    if len(classes) < rows * columns:
+        raise ValueError(f"a mosaic needs {rows * columns} classes; got {len(classes)}.")
+    generator = np.random.default_rng(0)
     members = {int(k): np.flatnonzero((labels == k).cpu().numpy()) for k in classes}
-    sources = np.empty((count, cells), np.int64)
+    sources = np.empty((count, rows * columns), np.int64)
     for row in sources:
-        chosen = generator.choice(list(members), cells, replace=False)
+        chosen = generator.choice(list(members), rows * columns, replace=False)
         row[:] = [generator.choice(members[int(k)]) for k in chosen]
     sources = torch.from_numpy(sources)
-    channels, height, width = images.shape[1:]
-    tiles = images[sources.to(images.device)].view(count, rows, columns, channels, height, width)
-    tiles = tiles.permute(0, 3, 1, 4, 2, 5)
-    whole = tiles.reshape(count, channels, rows * height, columns * width)
-    return Mosaics(whole, labels[sources.to(labels.device)], sources, grid)
+    tiles = images[sources.to(images.device)].unflatten(1, grid)
+    whole = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return Mosaics(whole, labels[sources.to(labels.device)])
 
 
 def grid_pointing_game(maps: Tensor, grid: tuple[int, int]) -> Scores:
     """Share of each map's sum that lies in its own cell, averaged over a mosaic's cells.
 
     maps: M x rows * columns x H x W, the map for the class of each cell in reading order (Böhle et
-    al., CVPR 2021). Chance is 1 / (rows * columns), and a map that is the same for every class
-    gets exactly that. One value for each mosaic; all-zero maps are left out.
+    al., CVPR 2021). A map that is the same for every class gets chance, 1 / (rows * columns).
     """
     rows, columns = grid
     count, cells, height, width = maps.shape
@@ -133,28 +121,24 @@ def grid_pointing_game(maps: Tensor, grid: tuple[int, int]) -> Scores:
 
 
 def insertion_deletion(
-    model: nn.Module,
-    images: Tensor,
-    maps: Tensor,
-    targets: Tensor,
-    *,
-    steps: int = 16,
-    seed: int = 0,
+    model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor
 ) -> tuple[Scores, Scores]:
     """Areas under the insertion and the deletion curve (Petsiuk et al., RISE, BMVC 2018).
 
     The class's probability while pixels, the most important first, are put into a blurred image
-    (insertion: high is good) or set to 0, the mean colour (deletion: low is good). The curves have
-    steps + 1 points; all pixels go in equal shares. The blur is the paper's, 11 pixels wide.
+    (insertion: high is good) or set to 0, the mean colour (deletion: low is good), all in `STEPS`
+    equal shares. The blur is the paper's, 11 pixels wide.
     """
     maps, _ = _check(maps)
-    order = removal_order(maps, seed)
-    shares = [step / steps for step in range(steps + 1)]
+    order = removal_order(maps, seed=0)[:, None]
+    ends = [round(step / STEPS * order[0].numel()) for step in range(STEPS + 1)]
+    areas = []
     blurred = gaussian_blur(images, 11, 5.0)
-    inserted = _curve(model, blurred, images, order, targets, shares)
-    deleted = _curve(model, images, torch.zeros_like(images), order, targets, shares)
-    areas = [((c[:, 1:] + c[:, :-1]) / 2).mean(1) for c in (inserted, deleted)]
-    return _unless_zero(areas[0], maps), _unless_zero(areas[1], maps)
+    for start, finish in ((blurred, images), (images, torch.zeros_like(images))):
+        changed = (torch.where(order < end, finish, start) for end in ends)
+        curve = torch.stack([_probabilities(model, x, targets) for x in changed], 1)
+        areas.append(_scores(((curve[:, 1:] + curve[:, :-1]) / 2).mean(1), maps))
+    return areas[0], areas[1]
 
 
 def drop_and_increase(
@@ -170,7 +154,7 @@ def drop_and_increase(
     seen = images * (maps / torch.where(peak > 0, peak, 1))[:, None].to(images.dtype)
     before, after = (_probabilities(model, x, targets) for x in (images, seen))
     drop = (before - after).clamp(min=0) / before.clamp(min=torch.finfo(before.dtype).tiny)
-    return _unless_zero(drop, maps), _unless_zero((after > before).double(), maps)
+    return _scores(drop, maps), _scores((after > before).double(), maps)
 
 
 def road(
@@ -181,29 +165,26 @@ def road(
     *,
     shares: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     noise: float = 0.01,
-    seed: int = 0,
 ) -> Scores:
     """Remove and debias: (probability with least - with most important pixels removed) / 2.
 
-    Removed pixels are filled in from their neighbours (`impute`), so that the shape of the hole
-    gives nothing away (Rong et al., ICML 2022). Averaged over the shares removed. Positive is good,
-    0 is chance.
+    Averaged over the shares removed; positive is good, 0 is chance. Removed pixels are filled in by
+    `impute`, so that the shape of the hole gives nothing away (Rong et al., ICML 2022).
     """
     maps, _ = _check(maps)
-    order = removal_order(maps, seed)
-    pixels = order.shape[1] * order.shape[2]
-    generator = torch.Generator().manual_seed(seed)
+    order = removal_order(maps, seed=0)
+    pixels = order[0].numel()
+    generator = torch.Generator().manual_seed(0)
 
     def without(removed: Tensor) -> Tensor:
         drawn = torch.randn(images.shape, generator=generator).to(images)
-        return impute(images, removed) + removed[:, None] * noise * drawn
+        filled = impute(images, removed) + removed[:, None] * noise * drawn
+        return _probabilities(model, filled, targets)
 
     gap = 0
-    for share in shares:
-        cut = round(share * pixels)
-        least, most = without(order >= pixels - cut), without(order < cut)
-        gap = gap + _probabilities(model, least, targets) - _probabilities(model, most, targets)
-    return _unless_zero(gap / (2 * len(shares)), maps)
+    for cut in (round(share * pixels) for share in shares):
+        gap = gap + without(order >= pixels - cut) - without(order < cut)
+    return _scores(gap / (2 * len(shares)), maps)
 
 
 def impute(images: Tensor, removed: Tensor) -> Tensor:
@@ -211,50 +192,30 @@ def impute(images: Tensor, removed: Tensor) -> Tensor:
 
     Each becomes the weighted mean of its eight neighbours, removed ones included: 1/6 beside, above
     and below, 1/12 diagonally, scaled at the border to a sum of 1 (Rong et al., ICML 2022, section
-    4). That is a sparse linear system an image. Raises ValueError where nothing is left.
+    4), which is a sparse linear system. Raises ValueError where nothing is left.
     """
     if removed.flatten(1).all(1).any():
         raise ValueError("all pixels of an image are removed; leave some to fill in from.")
-    height, width = images.shape[2:]
-    line = {n: sparse.diags([1.0, 1.0], [-1, 1], (n, n)) for n in (height, width)}
-    here = {n: sparse.identity(n) for n in (height, width)}
-    beside = sparse.kron(line[height], here[width]) + sparse.kron(here[height], line[width])
-    weights = beside / 6 + sparse.kron(line[height], line[width]) / 12
+    sides = images.shape[2:]
+    rows, columns = (sparse.diags([1.0, 1.0], [-1, 1], (n, n)) for n in sides)
+    weights = sparse.kronsum(columns, rows) / 6 + sparse.kron(rows, columns) / 12
     laplacian = (sparse.diags(weights.sum(1).A1) - weights).tocsr()
     filled = images.detach().cpu().double().flatten(2).numpy().copy()
     for image, hole in zip(filled, removed.flatten(1).cpu().numpy(), strict=True):
         if hole.any():
-            rows = laplacian[hole]
-            image[:, hole] = (
-                splu(rows[:, hole].tocsc()).solve(-rows[:, ~hole] @ image[:, ~hole].T).T
-            )
+            inside, around = laplacian[hole][:, hole].tocsc(), laplacian[hole][:, ~hole]
+            image[:, hole] = splu(inside).solve(-around @ image[:, ~hole].T).T
     return torch.from_numpy(filled).view(images.shape).to(images)
-
-
-def _curve(
-    model: nn.Module, start: Tensor, finish: Tensor, order: Tensor, targets: Tensor, shares: list
-) -> Tensor:
-    """Probabilities N x len(shares) when the first pixels of `order` come from `finish`."""
-    pixels = order.shape[1] * order.shape[2]
-    points = []
-    for share in shares:
-        changed = torch.where((order < round(share * pixels))[:, None], finish, start)
-        points.append(_probabilities(model, changed, targets))
-    return torch.stack(points, 1)
 
 
 def _probabilities(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """Softmax probability of each image's target, float64 (N,)."""
-    targets = torch.as_tensor(targets).to(images.device)
     if targets.shape != (len(images),):
         raise ValueError(f"expected a class for each image; got {tuple(targets.shape)}.")
     at_once = images_at_once(images.device, *images.shape[-2:], BATCH)
-    with undisturbed(model) as network:
-        found = [
-            network(chunk).double().softmax(1).gather(1, chosen[:, None].long())[:, 0]
-            for chunk, chosen in zip(images.split(at_once), targets.split(at_once), strict=True)
-        ]
-        return torch.cat(found)
+    with undisturbed(model):
+        shares = torch.cat([model(part).double().softmax(1) for part in images.split(at_once)])
+        return shares.gather(1, targets.to(images.device)[:, None].long())[:, 0]
 
 
 def removal_order(maps: Tensor, seed: int) -> Tensor:
@@ -263,10 +224,7 @@ def removal_order(maps: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     shuffle = torch.rand(flat.shape, generator=generator).argsort(1).to(flat.device)
     by_value = flat.gather(1, shuffle).argsort(dim=1, descending=True, stable=True)
-    ranks = torch.empty_like(shuffle)
-    places = torch.arange(flat.shape[1], device=flat.device).expand_as(shuffle)
-    ranks.scatter_(1, shuffle.gather(1, by_value), places)
-    return ranks.view(maps.shape)
+    return shuffle.gather(1, by_value).argsort(1).view(maps.shape)
 
 
 def rank_correlation(maps: Tensor, others: Tensor) -> Scores:
@@ -274,23 +232,21 @@ def rank_correlation(maps: Tensor, others: Tensor) -> Scores:
 
     A constant map has no order: its correlation is 0. Pairs with an all-zero map are left out.
     """
-    maps, _ = _check(maps)
-    others, _ = _check(others)
+    maps, others = _check(maps)[0], _check(others)[0]
     if maps.shape != others.shape:
         raise ValueError(f"maps differ: {tuple(maps.shape)} and {tuple(others.shape)}.")
-    first, second = _mean_ranks(maps.flatten(1)), _mean_ranks(others.flatten(1))
+    ranks = [stats.rankdata(x.flatten(1).cpu(), axis=1) for x in (maps, others)]
+    first, second = (torch.from_numpy(x - x.mean(1, keepdims=True)) for x in ranks)
     scale = (first.square().sum(1) * second.square().sum(1)).sqrt()
     values = torch.where(scale > 0, (first * second).sum(1) / scale, 0)
-    zero = (maps.amax((1, 2)) == 0) | (others.amax((1, 2)) == 0)
-    values = torch.where(zero, torch.nan, values)
-    return Scores(values.cpu().numpy(), all_zero=int(zero.sum()))
+    return _scores(values, torch.minimum(maps.amax(1), others.amax(1)))
 
 
 def agreement(maps: Sequence[Tensor]) -> Scores:
     """Mean rank correlation over all pairs of two or more maps of the same images.
 
     Of different layers: do they point at the same place? Of networks trained from different seeds:
-    is the explanation stable (Fel et al., WACV 2022)? Pairs with an all-zero map are left out.
+    is the explanation stable (Fel et al., WACV 2022)?
     """
     pairs = [rank_correlation(maps[i], maps[j]).values for j in range(len(maps)) for i in range(j)]
     zero = torch.stack([x.flatten(1).amax(1) == 0 for x in maps])
@@ -303,10 +259,10 @@ def parameter_randomisation(
 ) -> dict[str, Scores]:
     """Rank correlation with the original maps as weights are randomised from the output backwards.
 
-    The model's parts (its children that have parameters) are initialised afresh one after another,
-    the last first, and stay so (cascading; Adebayo et al., NeurIPS 2018). A map that explains the
-    network must change. `explain` gets a copy of the model and returns maps. Returns scores by the
-    part randomised last; ValueError for parts that have no reset_parameters().
+    The model's children that have parameters are initialised afresh, the last first, and stay so
+    (cascading; Adebayo et al., NeurIPS 2018): a map that explains the network must change.
+    `explain` gets a copy of the model and returns maps. Returns scores by the part randomised last;
+    ValueError for parts that have no reset_parameters().
     """
     original = explain(model)
     network = copy.deepcopy(model)
@@ -324,17 +280,7 @@ def parameter_randomisation(
     return scores
 
 
-def _mean_ranks(values: Tensor) -> Tensor:
-    """Ranks along rows, ties sharing their mean, centred at 0; float64."""
-    ordered = values.sort(1).values
-    below = torch.searchsorted(ordered, values.contiguous(), right=False)
-    up_to = torch.searchsorted(ordered, values.contiguous(), right=True)
-    return (below + up_to).double() / 2 - values.shape[1] / 2
-
-
-def control_maps(
-    images: Tensor, *, seed: int = 0, layer_size: tuple[int, int] | None = None
-) -> dict[str, Tensor]:
+def control_maps(images: Tensor, layer_size: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """Maps that know nothing of the network, N x H x W in [0, 1].
 
     random: uniform noise, drawn at `layer_size` and enlarged like a map of that layer, or pixel by
@@ -342,10 +288,9 @@ def control_maps(
     gradient magnitude, summed over channels; uniform: ones.
     """
     count, channels, height, width = images.shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     random = torch.rand(count, 1, *(layer_size or (height, width)), generator=generator)
-    if layer_size is not None:
-        random = F.interpolate(random, (height, width), mode="bilinear", align_corners=False)
+    random = F.interpolate(random, (height, width), mode="bilinear")
     rows, columns = torch.linspace(-2, 2, height), torch.linspace(-2, 2, width)
     centred = torch.exp(-(rows[:, None] ** 2 + columns**2) / 2).expand(count, -1, -1)
     sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]).to(images)
@@ -366,30 +311,23 @@ def compare(
     measure: Callable[[Tensor], Mapping[str, Scores]],
     images: Tensor,
     *,
-    seed: int = 0,
     layer_size: tuple[int, int] | None = None,
 ) -> pd.DataFrame:
     """The table of metrics for each method's maps and for the controls.
 
-    `measure` takes maps and returns scores by the metric's name, such as
-    `lambda m: {"energy": energy_in_mask(m, masks)}`. One row for each method and metric: method,
-    control, metric, mean, low, high, n (NaN where nothing could be scored), all_zero, empty_mask,
-    and the scores of single images: two methods are compared in pairs by
-    `Scores(a.values - b.values).interval()`.
+    `measure` turns maps into scores by the metric's name. The columns: method, control (bool),
+    metric, mean (NaN where nothing could be scored) and scores, of single images: two methods are
+    compared in pairs by `Scores(a.values - b.values).interval()`.
     """
-    controls = control_maps(images, seed=seed, layer_size=layer_size)
+    controls = control_maps(images, layer_size=layer_size)
     if clash := controls.keys() & maps.keys():
         raise ValueError(f"methods named like controls: {', '.join(sorted(clash))}; rename them.")
     rows = []
     for method, tensor in {**maps, **controls}.items():
         for metric, scores in measure(tensor).items():
-            scored = bool(np.isfinite(scores.values).any())
-            interval = scores.interval(seed=seed) if scored else Interval(*[np.nan] * 3, 0)
-            row = {"method": method, "control": method in controls, "metric": metric}
-            row |= {key: getattr(interval, key) for key in ("mean", "low", "high", "n")}
-            row |= {"all_zero": scores.all_zero, "empty_mask": scores.empty_mask}
-            rows.append(row | {"scores": scores})
-    return pd.DataFrame(rows)
+            mean = pd.Series(scores.values).mean()
+            rows.append((method, method in controls, metric, mean, scores))
+    return pd.DataFrame(rows, columns=["method", "control", "metric", "mean", "scores"])
 
 
 def _check(maps: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -407,12 +345,9 @@ def _check(maps: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return maps, masks.to(maps.device)
 
 
-def _placed(values: Tensor, maps: Tensor, masks: Tensor) -> Scores:
-    zero, empty = maps.amax((1, 2)) == 0, ~masks.flatten(1).any(1)
-    values = torch.where(zero | empty, torch.nan, values.double())
+def _scores(values: Tensor, maps: Tensor, masks: Tensor | None = None) -> Scores:
+    """Scores without those of all-zero maps and empty masks, which are counted."""
+    zero = maps.flatten(1).amax(1) == 0
+    empty = torch.zeros_like(zero) if masks is None else ~masks.flatten(1).any(1)
+    values = torch.where((zero | empty).to(values.device), torch.nan, values.double())
     return Scores(values.cpu().numpy(), int(zero.sum()), int(empty.sum()))
-
-
-def _unless_zero(values: Tensor, maps: Tensor) -> Scores:
-    zero = (maps.amax((1, 2)) == 0).to(values.device)
-    return Scores(torch.where(zero, torch.nan, values).cpu().numpy(), int(zero.sum()))

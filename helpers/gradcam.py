@@ -8,21 +8,20 @@ Grad-CAM (Selvaraju et al., ICCV 2017) takes four steps:
 4. add the channels up with these weights and keep what speaks for the class:
    map = ReLU(sum_c w_c A_c).
 
-The other methods change steps 3 and 4 only. Each is a rule of a few lines in `METHODS`; to add one,
-write a function and an entry, `METHODS["my-cam"] = Method(my_rule)`.
-
-The cost is about one forward pass: a hook makes the layer's output a leaf of the autograd graph, so
-that only the operations after it are recorded. The network is left as it was found.
+The other methods change steps 3 and 4 only. Each is a rule of a few lines; to add one, write a
+function and an entry, `METHODS["my-cam"] = Method(my_rule)`. The cost is about one forward pass: a
+hook makes the layer's output a leaf of the autograd graph, so that only what follows is recorded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from torch.nn import functional as F
 
 from helpers.config import images_at_once
 
-Target = int | Sequence[int] | Tensor | str | Callable[[Tensor], Tensor] | None
+Target = int | Sequence[int] | Tensor | str | Callable[[Any], Tensor] | None
 Layer = str | nn.Module
 
 IMAGES_AT_ONCE = 128  # more images, on a CPU fewer, are explained in parts
@@ -68,7 +67,7 @@ class Probe:
         target = self.target[index] if isinstance(self.target, Tensor) else self.target
         at_once = images_at_once(image.device, *image.shape[1:], CHANNELS_AT_ONCE)
         seen = (image * part for part in masks[:, None].to(image).split(at_once))
-        return torch.cat([_wide(_scores(target, self.model(part))) for part in seen])
+        return torch.cat([_wide(_scores(target, self.model(x), len(x))[0]) for x in seen])
 
 
 def _weighted(weights: Tensor, activations: Tensor) -> Tensor:
@@ -163,7 +162,7 @@ class CamResult:
     """
 
     maps: Tensor | dict[str, Tensor]  # N x H x W, at least float32; N x K x H x W for "all"
-    logits: Tensor  # the model's output, N x K
+    logits: Tensor | None  # the model's output, N x K; None if it is no tensor
     targets: Tensor | None  # the class explained, int64 (N,); None for "all" and functions
     all_zero: Tensor | dict[str, Tensor]  # bool (N,), (N, K) for "all"
 
@@ -177,125 +176,118 @@ def cam(
     *,
     size: str = "input",
     normalise: bool = True,
+    reshape: Callable[[Tensor], Tensor] | None = None,
 ) -> CamResult:
     """Class activation maps of a batch of images, in evaluation mode.
 
-    model: any network that puts convolutional activations, N x C x h x w, on the way from images
-        to logits N x K. Compiled and DataParallel-like wrappers are looked through.
     images: N x 3 x H x W or 3 x H x W, floating point, normalised as in training.
-    target: None for the predicted class; a class for all images; a list or tensor with a class for
-        each; "all" for every class; or a function from the model's output to one score a row, for
-        example `lambda z: z[:, 3] - z[:, 5]` (rows may come in parts).
+    target: None for the predicted class; a class, or a list or tensor with one for each image;
+        "all" for every class; or a function from what the model returns to one score a row, such
+        as `lambda z: z[:, 3] - z[:, 5]` (rows may come in parts).
     layers: a layer's name or the module, or a list of them (one pass for all); None for
         `default_layer`. Of a layer that runs several times, the last call is explained.
-    method: a key of `METHODS`.
     size: "input" enlarges the maps to H x W (bilinear); "layer" leaves them h x w.
     normalise: divide each map by its maximum; False leaves the values that the method gives.
+    reshape: puts activations (and gradients) of another order into N x C x h x w. Channels last, as
+        in a Swin: `lambda a: a.permute(0, 3, 1, 2)`. Tokens, as in a ViT with 14 x 14 patches, at
+        `ln_1` of its last block (what follows depends on the class token alone):
+        `lambda a: a[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)`.
 
-    Raises ValueError for anything else, and for NaN or infinity in images, logits or maps.
+    Raises ValueError for anything else, for a layer whose maps can't be of these images, and for
+    NaN or infinity in images, logits or maps.
     """
-    if method not in list(METHODS):
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
-    if size not in ["input", "layer"]:
-        raise ValueError(f"size must be 'input' or 'layer', not {size!r}.")
-    model, several = _unwrap(model), isinstance(layers, (list, tuple))
-    names = [_layer_name(model, layer) for layer in (layers or [[]] if several else [layers])]
-    with undisturbed(model) as model:
+    for what, given, known in (("method", method, METHODS), ("size", size, ("input", "layer"))):
+        if given not in known:
+            raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(known)}.")
+    several = isinstance(layers, (list, tuple))
+    names = dict.fromkeys(_layer_name(model, x) for x in (layers if several else [layers]))
+    with undisturbed(model):
         images, target = _checked(model, images, target)
         at_once = images_at_once(images.device, *images.shape[2:], IMAGES_AT_ONCE)
         targets = target.split(at_once) if isinstance(target, Tensor) else [target] * len(images)
-        explain = functools.partial(_explain, model, names, METHODS[method], size, normalise)
+        explain = functools.partial(_explain, model, names, METHODS[method], reshape)
         parts = zip(*map(explain, images.split(at_once), targets), strict=True)
-        logits, targets, *rest = (None if x[0] is None else torch.cat(x) for x in parts)
-    by_layer = (dict(zip(names, rest[i::2], strict=True)) for i in (0, 1))
-    maps, all_zero = by_layer if several else rest
-    return CamResult(maps, logits, targets, all_zero)
+        logits, classes, *maps = (None if x[0] is None else torch.cat(x) for x in parts)
+        maps, all_zero = dict(zip(names, maps, strict=True)), {}
+        for name, values in maps.items():
+            _check_finite(f"maps at {name!r}", values)
+            values = values.relu()
+            if size == "input":
+                values = F.interpolate(values, images.shape[2:], mode="bilinear")
+            peak = values.amax((2, 3), keepdim=True)
+            if normalise:
+                values = values / torch.where(peak > 0, peak, 1)
+            scores = slice(None) if isinstance(target, str) else 0
+            maps[name], all_zero[name] = values[:, scores], peak[:, scores, 0, 0] == 0
+    if not several:
+        ((maps, all_zero),) = zip(maps.values(), all_zero.values(), strict=True)
+    return CamResult(maps, logits, classes, all_zero)
 
 
 def default_layer(model: nn.Module) -> str:
-    """Name of the last stage of a ResNet-like model: its `layer4`, or the highest `layerN`.
-
-    Raises ValueError, which lists the layers to choose from, for no such stage or several.
-    """
+    """Name of a ResNet's last stage, `layer4` or the highest `layerN`; ValueError if none is."""
     stages = sorted(
         (name.count("."), -int(match[1]), name)
-        for name, _ in _unwrap(model).named_modules()
+        for name, _ in model.named_modules()
         if (match := re.search(r"(?:^|\.)layer(\d+)$", name))
     )
     if not stages or (len(stages) > 1 and stages[0][:2] == stages[1][:2]):
-        raise ValueError(f"no single last stage layerN: pass the target layer. {_listed(model)}")
+        parts = ", ".join(dict(model.named_children()))
+        raise ValueError(f"no single last stage layerN in {parts}: pass the target layer.")
     return stages[0][2]
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode, frozen and uncompiled; everything put back on leaving.
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Have the model in evaluation mode, frozen and uncompiled; put everything back on leaving.
 
     Frozen parameters keep the trunk, up to the target layer, from being recorded, and their casts
-    out of autocast's cache. Flags are set one by one: `model.eval()` may be overridden, and
-    `model.train()` would lose the mode of single submodules. Networks made under inference_mode
-    can't be differentiated: a copy can.
+    out of autocast's cache. Flags are set one by one, since `model.eval()` may be overridden.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        modules = list(model.modules())
-        own = (tensors for m in modules for tensors in (m._parameters, m._buffers))
-        tensors = [tensor for group in own for tensor in group.values() if tensor is not None]
-        if any(map(Tensor.is_inference, tensors)):
-            yield stack.enter_context(undisturbed(copy.deepcopy(model)))
-            return
-        if any(m._compiled_call_impl or "_orig_mod" in m._modules for m in modules):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled, no hook fires
-        flags = [(module, "training") for module in modules if module.training]
-        flags += [(x, "requires_grad") for x in tensors if x.requires_grad and x.is_leaf]
+    modules = list(model.modules())
+    parameters = [x for module in modules for x in module._parameters.values() if x is not None]
+    flags = [(module, "training") for module in modules if module.training]
+    flags += [(parameter, "requires_grad") for parameter in parameters if parameter.requires_grad]
+    eager = contextlib.nullcontext()
+    if any(m._compiled_call_impl or "_orig_mod" in m._modules for m in modules):
+        eager = torch.compiler.set_stance("force_eager")  # compiled, no hook fires
+    try:
         for owner, flag in flags:
-            stack.callback(setattr, owner, flag, True)
             setattr(owner, flag, False)
-        yield model
+        with torch.inference_mode(False), torch.no_grad(), eager:
+            yield
+    finally:
+        for owner, flag in flags:
+            setattr(owner, flag, True)
 
 
-def _explain(model, names, method, size, normalise, images, target):
-    """Logits, classes, and maps and all_zero of each layer, of images explained at once."""
-    logits, kept = _forward(model, names, images, record=method.uses == "gradients")
-    target = logits.detach().argmax(-1) if target is None else target
+def _explain(model, names, method, reshape, images, target):
+    """Logits, classes, and maps N x T x h x w of each layer, of images explained at once."""
+    output, leaves = _forward(model, names, reshape, images, record=method.uses == "gradients")
     with torch.enable_grad():
-        scores = _scores(target, logits)
-    activations = {name: _wide(tensor) for name, tensor in kept.items()}
-    if method.uses == "gradients":
-        maps = _from_gradients(method.rule, kept, activations, scores)
-    elif method.uses == "activations":
-        maps = {name: [method.rule(a)] * scores.shape[1] for name, a in activations.items()}
-    else:
-        probe = Probe(model, images, target)
-        weights = {name: method.rule(a, probe) for name, a in activations.items()}
-        with torch.autocast(images.device.type, enabled=False):
-            mix = functools.partial(torch.einsum, "nct,nchw->nthw")
-            maps = {name: mix(weights[name], a).unbind(1) for name, a in activations.items()}
-    found = [logits.detach(), target if isinstance(target, Tensor) else None]
-    for name in names:
-        here = torch.stack(tuple(maps[name]), 1)
-        _check_finite(f"maps at {name!r}", here)
-        here = here.relu()
-        zero = here.amax((2, 3)) == 0
-        if size == "input":
-            here = F.interpolate(here, images.shape[2:], mode="bilinear")
-        if normalise:
-            peak = here.amax((2, 3), keepdim=True)
-            here = here / torch.where(peak > 0, peak, 1)
-        found += [here, zero] if isinstance(target, str) else [here[:, 0], zero[:, 0]]
-    return found
+        scores, target = _scores(target, output, len(images))
+    logits = output.detach() if isinstance(output, Tensor) else None
+    _check_finite("logits", scores if logits is None else logits)
+    activations = [_wide(reshape(leaf) if reshape else leaf) for leaf in leaves.values()]
+    with torch.autocast(images.device.type, enabled=False):
+        if method.uses == "gradients":
+            gradients = _gradients(leaves, reshape, scores)
+            maps = [[*map(method.rule, activations, of_score)] for of_score in gradients]
+            maps = [torch.stack(of_layer, 1) for of_layer in zip(*maps, strict=True)]
+        elif method.uses == "activations":
+            maps = [torch.stack([method.rule(a)] * scores.shape[1], 1) for a in activations]
+        else:
+            probe = Probe(model, images, target)
+            maps = [torch.einsum("nct,nchw->nthw", method.rule(a, probe), a) for a in activations]
+    return logits, target if isinstance(target, Tensor) else None, *maps
 
 
-def _forward(model, names, images, record):
-    """Logits, and activations by layer; with `record`, these are leaves where the graph starts."""
-    kept = {}
+def _forward(model, names, reshape, images, record):
+    """What the network returns, and the layers' outputs; recorded, these are the graph's leaves."""
+    kept = dict.fromkeys(names)
 
     def keep(name, _module, _inputs, output):
-        fits = isinstance(output, Tensor) and output.ndim == 4 and len(output) == len(images)
-        if not fits or output[0, 0].numel() == 1:
-            expected = f"{len(images)} x C x h x w above 1 x 1: take an earlier convolutional layer"
-            raise ValueError(f"layer {name!r} puts out {_shown(output)}; expected {expected}.")
+        _check_layer(name, reshape(output) if reshape else output, images, strict=not reshape)
         torch.set_grad_enabled(record)
         # Both copies matter: later operations in place would otherwise change the kept
         # activations, or move the gradient to the point after them.
@@ -303,28 +295,39 @@ def _forward(model, names, images, record):
         return kept[name].clone() if record else None
 
     fast = images.device.type == "cpu" and images[:, 0].numel() >= PIXELS_FOR_CHANNELS_LAST
+    order = torch.channels_last if fast else torch.preserve_format
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(record))
         for name in names:
             hook = functools.partial(keep, name)
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         try:
-            logits = model(images.contiguous(memory_format=torch.channels_last) if fast else images)
+            output = model(images.clone(memory_format=order))
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             if "view size is not compatible" not in str(error):
-                raise ValueError(f"the model fails on {_shown(images)}: {error}") from error
-            logits = model(images)  # a network that flattens with view can't take channels_last
-    if missing := set(names) - set(kept):
-        raise ValueError(f"the forward pass never ran {sorted(missing)}. {_listed(model)}")
-    _check_finite("logits", logits)
-    return logits, kept
+                raise
+            output = model(images)  # a network that flattens with view can't take channels_last
+    if missing := [name for name, leaf in kept.items() if leaf is None]:
+        raise ValueError(f"the forward pass never ran {missing}; choose other layers.")
+    return output, kept
 
 
-def _from_gradients(rule, leaves, activations, scores):
-    """N x h x w maps of each score (N x T) by layer, each by a backward pass through the tail."""
-    maps = {name: [] for name in leaves}
+def _check_layer(name, maps, images, strict):
+    """Refuse what isn't N x C x h x w or, if `strict`, not in proportion to these images."""
+    fits = isinstance(maps, Tensor) and maps.ndim == 4 and len(maps) == len(images)
+    if fits and strict:
+        (h, w), (height, width) = maps.shape[2:], images.shape[2:]
+        # Rounding changes a side by a pixel, convolutions without padding by a few per cent.
+        distorted = abs(h * width - w * height) > height + width + 0.05 * w * height
+        fits = h * w <= height * width and not distorted
+    if not fits or maps[0, 0].numel() == 1:
+        expected = f"{len(images)} x C x h x w above 1 x 1, in proportion to the images"
+        remedy = "take an earlier convolutional layer, or `reshape` tokens or channels last"
+        raise ValueError(f"layer {name!r} gives {_shown(maps)}; expected {expected}: {remedy}.")
+
+
+def _gradients(leaves, reshape, scores):
+    """Of each of T scores (N x T) the gradients at the leaves, by a backward pass of the tail."""
     with torch.enable_grad():
         # Images don't mix in evaluation mode, so one sum has the gradients of all of them.
         totals = scores.sum(0).unbind()
@@ -332,29 +335,26 @@ def _from_gradients(rule, leaves, activations, scores):
         found, more = [None] * len(leaves), total is not totals[-1]
         if total.requires_grad:
             found = torch.autograd.grad(total, [*leaves.values()], None, more, allow_unused=True)
-        for (name, a), gradient in zip(activations.items(), found, strict=True):
-            if gradient is None:
-                cause = "it isn't used, or cut off by a later no_grad, detach or argmax"
-                raise ValueError(f"the score doesn't depend on {name!r} ({cause}): choose another.")
-            with torch.autocast(scores.device.type, enabled=False):
-                maps[name].append(rule(a, _wide(gradient)))
-    return maps
+        if unused := [n for n, gradient in zip(leaves, found, strict=True) if gradient is None]:
+            raise ValueError(f"the score doesn't depend on {unused}, or is cut off: choose others.")
+        yield [_wide(reshape(gradient) if reshape else gradient) for gradient in found]
 
 
-def _scores(target, logits):
-    """Scores M x T of logits M x K (of any output for a function): T = K for "all", else 1."""
+def _scores(target, output, count):
+    """Scores N x T of N images, T = K for "all", else 1; and the target, None made the classes."""
     if callable(target):
-        scores = target(logits)
-        if not isinstance(scores, Tensor) or scores.shape != logits.shape[:1]:
+        scores = target(output)
+        if not isinstance(scores, Tensor) or scores.shape != (count,):
             raise ValueError(f"the target function returned {_shown(scores)}, not one score a row.")
-        return scores[:, None]
-    if logits.ndim != 2:
-        raise ValueError(f"logits must be N x K (or pass a target function); got {_shown(logits)}.")
+        return scores[:, None], target
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        raise ValueError(f"logits must be N x K (or pass a target function); got {_shown(output)}.")
     if isinstance(target, str):
-        return logits
-    if target.min() < 0 or target.max() >= logits.shape[1]:
-        raise ValueError(f"targets must be classes 0 to {logits.shape[1] - 1}; got {target}.")
-    return logits.gather(1, target.to(logits.device).expand(len(logits))[:, None])
+        return output, target
+    classes = output.detach().argmax(1) if target is None else target.to(output.device)
+    if classes.min() < 0 or classes.max() >= output.shape[1]:
+        raise ValueError(f"targets must be classes 0 to {output.shape[1] - 1}; got {classes}.")
+    return output.gather(1, classes.expand(count)[:, None]), classes
 
 
 def _wide(tensor):
@@ -362,57 +362,41 @@ def _wide(tensor):
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _unwrap(model):
-    """The network in DataParallel-like and compiled wrappers."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch network; got {_shown(model)}.")
-    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    inner = model.module if parallel else model._modules.get("_orig_mod")
-    return model if inner is None else _unwrap(inner)
-
-
 def _layer_name(model, layer):
     if layer is None:
         return default_layer(model)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if layer is module or layer == name:
-            return name
-    shown = type(layer).__name__ if isinstance(layer, nn.Module) else repr(layer)
-    raise ValueError(f"{shown} is no layer of this model. {_listed(model)}")
-
-
-def _listed(model):
-    names = [name for name, m in _unwrap(model).named_modules() if isinstance(m, nn.Conv2d)]
-    stages = dict.fromkeys(name.split(".")[0] for name in names if "." in name)
-    return f"Candidates: {', '.join([*stages, *names[-10:]]) or 'none, no 2-D convolution'}."
+    if isinstance(layer, nn.Module):
+        layer = next((name for name, m in model.named_modules() if m is layer), type(layer))
+    try:
+        model.get_submodule(layer)
+    except AttributeError:
+        parts = ", ".join(dict(model.named_children()))
+        raise ValueError(f"{layer!r} is no layer of this model, made of {parts}.") from None
+    return layer
 
 
 def _checked(model, images, target):
     """Images N x C x H x W where the model is, and classes as int64 (N,)."""
     floating = isinstance(images, Tensor) and images.is_floating_point()
     if not floating or images.ndim not in (3, 4) or not images.numel():
-        expected = "floating point, N x C x H x W, normalised as in training"
-        raise ValueError(f"images must be {expected}; got {_shown(images)}.")
+        raise ValueError(f"images must be floating point, N x C x H x W; got {_shown(images)}.")
     _check_finite("images", images)
-    images = images[None] if images.ndim == 3 else images
-    reference = next((p for p in model.parameters() if p.is_floating_point()), images)
+    reference = next(model.parameters(), images)
     images = images.detach().to(reference.device, reference.dtype)
-    images = images.clone() if images.is_inference() else images
+    images = images[None] if images.ndim == 3 else images
     if target is None or callable(target) or (isinstance(target, str) and target == "all"):
         return images, target
-    with contextlib.suppress(ValueError, TypeError, RuntimeError, OverflowError):
-        classes = torch.as_tensor(target)
-        integers = classes.dtype != torch.bool and not classes.is_floating_point()
-        if integers and not classes.is_complex() and classes.shape in ((), (len(images),)):
-            return images, classes.long().expand(len(images))
-    expected = f"None, a class or one for each of {len(images)} images, 'all' or a function"
-    raise ValueError(f"target is {target!r}; expected {expected}.")
+    classes = torch.as_tensor(math.nan if isinstance(target, str) else target)
+    integers = torch.can_cast(classes.dtype, torch.int64) and classes.dtype != torch.bool
+    if not integers or classes.shape not in ((), (len(images),)):
+        expected = f"None, a class or one for each of {len(images)} images, 'all' or a function"
+        raise ValueError(f"target is {target!r}; expected {expected}.")
+    return images, classes.long().expand(len(images))
 
 
 def _check_finite(what, values):
-    if not isinstance(values, Tensor) or not torch.isfinite(values).all():
-        found = "NaN or infinity" if isinstance(values, Tensor) else _shown(values)
-        raise ValueError(f"{what} must be a tensor of finite numbers; got {found}.")
+    if not math.isfinite(values.abs().max()):
+        raise ValueError(f"{what} must be finite; found NaN or infinity.")
 
 
 def _shown(value):

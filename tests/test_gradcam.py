@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -16,8 +17,6 @@ from torch.nn import functional as F
 from helpers import gradcam
 from helpers.gradcam import METHODS, cam, default_layer
 from helpers.plots import overlay
-
-GRADIENT_METHODS = [name for name, method in METHODS.items() if method.uses == "gradients"]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -98,7 +97,6 @@ BY_HAND = {
     ).tolist(),
     # masks [[.5, 1], [0, .5]] and [[0, 1/3], [1, 2/3]] give scores -3 and -2/3
     "score-cam": ((E3 * A[0, 0] + E23 * A[0, 1]) / (E3 + E23)).tolist(),
-    # drops 2 and -4, over |S| = 2
 }
 
 
@@ -134,42 +132,33 @@ def test_closed_form_of_a_pooled_linear_head():
     torch.testing.assert_close(result.maps, torch.einsum("nkc,nchw->nkhw", plus, features).relu())
 
 
-def test_grad_cam_plus_plus_where_its_denominator_is_zero():
-    activations = torch.tensor([[[[-3.0, 1]]]])  # adds up to -2: 2 + sum(A) G = 0 where G = 1
-    gradients = torch.tensor([[[[1.0, 0.5]]]])
-    expected = 0.5 / (2 - 2 * 0.5) * activations[:, 0]
-    torch.testing.assert_close(METHODS["grad-cam++"].rule(activations, gradients), expected)
-
-
 # --------------------------------------------------------------------------- peers
 @functools.cache
 def network(name: str) -> nn.Module:
     models = torchvision.models
-    if name in ("resnet18", "resnet50"):
-        return randomise(getattr(models, name)(num_classes=10))
-    if name == "vgg11":
-        with torch.device("meta"):  # the original head has 120 million weights
-            model = models.vgg11(num_classes=10, init_weights=False)
-        widths = [size if size == "M" else size // 4 for size in models.vgg.cfgs["A"]]
-        model.features = models.vgg.make_layers(widths)
-        head = [nn.Linear(128 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 10)]
-        model.classifier = nn.Sequential(*head)
-        return randomise(model)
+    if name == "mobilenet":
+        return randomise(models.mobilenet_v2(num_classes=10, width_mult=0.5))
     if name == "densenet":
-        model = models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=10)
-        return randomise(model)
-    return randomise(models.mobilenet_v2(num_classes=10, width_mult=0.5))
+        return randomise(models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=10))
+    if name != "vgg11":
+        return randomise(getattr(models, name)(num_classes=10))
+    with torch.device("meta"):  # the original head has 120 million weights
+        model = models.vgg11(num_classes=10, init_weights=False)
+    widths = [size if size == "M" else size // 4 for size in models.vgg.cfgs["A"]]
+    model.features = models.vgg.make_layers(widths)
+    head = [nn.Linear(128 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 10)]
+    model.classifier = nn.Sequential(*head)
+    return randomise(model)
 
 
-# Layers for the gradient methods, and a small one after a ReLU for those that need a pass a channel
-PEER_LAYERS = {
-    "resnet18": (["layer2", "layer4"], "layer1"),
-    "resnet50": (["layer3", "layer4"], "relu"),
-    "vgg11": (["features.9", "features.15"], "features.2"),
-    "densenet": (["features.denseblock2", "features.denseblock3"], "features.relu0"),
-    "mobilenet": (["features.6", "features.13"], "features.0"),
+LAYERS = {
+    "resnet18": ["layer2", "layer4"],
+    "resnet50": ["layer3", "layer4"],
+    "vgg11": ["features.9", "features.15"],
+    "densenet": ["features.denseblock2", "features.denseblock3"],
+    "mobilenet": ["features.6", "features.13"],
 }
-CASES = [(name, layer) for name, (layers, _) in PEER_LAYERS.items() for layer in layers]
+CASES = [(name, layer) for name, layers in LAYERS.items() for layer in layers]
 X = draw(2, 3, 64, 64)
 CLASSES = [3, 7]
 
@@ -185,9 +174,8 @@ def assert_same_map(ours: torch.Tensor, theirs) -> None:
     assert (ours - same).abs().max() < 1e-5
 
 
-def raw(name: str, layer: str, method: str, images=X, classes=CLASSES) -> torch.Tensor:
-    model = network(name)
-    return cam(model, images, classes, layer, method, size="layer", normalise=False).maps
+def raw(name: str, layer: str, method: str) -> torch.Tensor:
+    return cam(network(name), X, CLASSES, layer, method, size="layer", normalise=False).maps
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
@@ -218,62 +206,6 @@ def test_agrees_with_grad_cam(name, layer):
     model.zero_grad()
 
 
-@pytest.mark.parametrize("name", PEER_LAYERS)
-def test_agrees_with_grad_cam_on_eigen_cam(name):
-    """The peer centres each channel first, which the paper does not: centre for it, up to sign."""
-    pytest.importorskip("pytorch_grad_cam", reason="peer library grad-cam is not installed")
-    from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
-
-    kept = {}
-    layer = network(name).get_submodule(PEER_LAYERS[name][0][0])
-    handle = layer.register_forward_hook(lambda _m, _i, out: kept.update(out=out.detach()))
-    network(name)(X)
-    handle.remove()
-    centred = kept["out"] - kept["out"].mean((2, 3), keepdim=True)
-    ours = METHODS["eigen-cam"].rule(centred)
-    theirs = torch.as_tensor(get_2d_projection(kept["out"].numpy()))
-    theirs = theirs * (ours * theirs).sum((1, 2), keepdim=True).sign()
-    assert (ours - theirs).abs().max() < 1e-5 * ours.abs().max()
-    uncentred = METHODS["eigen-cam"].rule(kept["out"])
-    torch.testing.assert_close(raw(name, PEER_LAYERS[name][0][0], "eigen-cam"), uncentred.relu())
-
-
-@pytest.mark.parametrize("name", PEER_LAYERS)
-def test_agrees_with_grad_cam_on_score_cam(name, monkeypatch):
-    pytest.importorskip("pytorch_grad_cam", reason="peer library grad-cam is not installed")
-    from pytorch_grad_cam import ScoreCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    def half_pixel(size):  # the peer enlarges masks with aligned corners
-        return nn.Upsample(size=size, mode="bilinear", align_corners=False)
-
-    monkeypatch.setattr(nn, "UpsamplingBilinear2d", half_pixel)
-    monkeypatch.setattr("tqdm.tqdm", lambda items, **_: items)
-    layer, images = PEER_LAYERS[name][1], X[:, :, ::2, ::2].contiguous()
-    model = copy.deepcopy(network(name))
-    classes = model(images).argmax(1).tolist()
-    module = model.get_submodule(layer)
-    with ScoreCAM(model, [module]) as theirs:
-        targets = [ClassifierOutputTarget(k) for k in classes]
-        theirs.activations_and_grads(images)
-        activations = theirs.activations_and_grads.activations[0].numpy()
-        maps = theirs.get_cam_image(images, module, targets, activations, None)
-    assert_same_map(raw(name, layer, "score-cam", images, classes), maps)
-
-
-@pytest.mark.parametrize(("name", "layer"), CASES)
-def test_agrees_with_torchcam(name, layer):
-    methods = pytest.importorskip(
-        "torchcam.methods", reason="peer library torchcam is not installed"
-    )
-    peers = {"grad-cam": "GradCAM", "layercam": "LayerCAM", "xgrad-cam": "XGradCAM"}
-    # Not Grad-CAM++: torchcam 0.5.0 divides a copy of alpha, so its weights are sum(G^2 ReLU(G)).
-    for method, peer in peers.items():
-        with getattr(methods, peer)(network(name), layer) as extractor:
-            maps = extractor(CLASSES, network(name)(X), normalized=False)[0]
-        assert_same_map(raw(name, layer, method), maps)
-
-
 def test_agrees_with_torchcam_on_score_cam_at_full_resolution():
     """It scales masks before enlarging them, the paper after: equal where nothing is enlarged."""
     methods = pytest.importorskip(
@@ -294,6 +226,72 @@ def test_agrees_with_captum(name, layer):
     theirs = peer.attribute(X, torch.tensor(CLASSES), relu_attributions=True)
     ours = raw(name, layer, "grad-cam")
     torch.testing.assert_close(ours, theirs[:, 0].detach(), rtol=1e-10, atol=1e-14)
+
+
+SWIN = functools.partial(torchvision.models.SwinTransformer, [4, 4], 24, [1, 1], [2, 2], [4, 4])
+VIT = functools.partial(torchvision.models.VisionTransformer, 32, 8, 2, 2, 24, 48)
+
+
+@pytest.mark.parametrize(
+    ("build", "layer", "reshape"),
+    [
+        (SWIN, "features.1", lambda a: a.permute(0, 3, 1, 2)),
+        (SWIN, "norm", lambda a: a.permute(0, 3, 1, 2)),
+        (
+            VIT,
+            "encoder.layers.encoder_layer_1.ln_1",
+            lambda a: a[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2),
+        ),
+    ],
+)
+def test_transformers_agree_with_captum(build, layer, reshape):
+    """Its gradients are those of its gradients times activations, over its activations."""
+    attr = pytest.importorskip("captum.attr", reason="peer library captum is not installed")
+    model, images = build(num_classes=10).double().eval(), X[:, :, :32, :32]
+    for number, parameter in enumerate(model.parameters()):
+        with torch.no_grad():
+            parameter.copy_(0.3 * draw(*parameter.shape, seed=number))
+    module, classes = model.get_submodule(layer), torch.tensor(CLASSES)
+    activations = attr.LayerActivation(model, module).attribute(images).detach()
+    product = attr.LayerGradientXActivation(model, module).attribute(images, classes).detach()
+    weights = reshape(product / activations).mean((2, 3), keepdim=True)
+    expected = {"hirescam": reshape(product), "grad-cam": weights * reshape(activations)}
+    options = {"size": "layer", "normalise": False, "reshape": reshape}
+    for method, theirs in expected.items():
+        maps = cam(model, images, CLASSES, layer, method, **options).maps
+        torch.testing.assert_close(maps, theirs.sum(1).relu(), rtol=1e-12, atol=1e-12)
+        assert maps.max() > 1e-3
+    for method in METHODS:
+        assert cam(model, images, None, layer, method, reshape=reshape).maps.shape == (2, 32, 32)
+    with pytest.raises(ValueError, match=f"'{layer}' gives .* expected 2 x C x h x w.*`reshape`"):
+        cam(model, images, CLASSES, layer)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "fits"),
+    [
+        ((224, 224), (7, 7, 768), False),  # channels last
+        ((224, 224), (56, 56, 96), False),
+        ((224, 224), (28, 28, 32), False),
+        ((16, 16), (8, 17, 17), False),  # more pixels than the image
+        ((224, 224), (8, 7, 8), True),
+        ((33, 64), (8, 1, 2), True),
+        ((24, 200), (8, 1, 7), True),
+        ((224, 448), (8, 52, 108), True),  # a deep stem without padding
+        ((32, 100), (8, 1, 25), False),  # made for lines of text: passes with a reshape
+    ],
+)
+def test_maps_that_cannot_be_of_the_image_are_refused(inputs, outputs, fits):
+    conv = nn.Conv2d(1, outputs[0], 1)
+    resize = nn.AdaptiveAvgPool2d(outputs[1:])
+    model = Function(lambda m, x: m.stage(x).mean((2, 3)), stage=nn.Sequential(conv, resize))
+    images = torch.rand(1, 1, *inputs)
+    assert cam(model, images, 0, "stage", reshape=lambda a: a).maps.shape == (1, *inputs)
+    if fits:
+        assert cam(model, images, 0, "stage").maps.shape == (1, *inputs)
+    else:
+        with pytest.raises(ValueError, match="'stage' gives .* in proportion to the images"):
+            cam(model, images, 0, "stage")
 
 
 # --------------------------------------------------------------------------- what is computed
@@ -322,31 +320,15 @@ def test_single_and_all_targets_layers_and_batches_agree():
     [None, 2, [k % 3 for k in range(11)], torch.arange(11) % 3, "all", lambda z: z[:, 1] - z[:, 0]],
     ids=["predicted", "class", "list", "tensor", "all", "function"],
 )
-@pytest.mark.parametrize("layers", [None, ["layer2", "layer3"]], ids=["one layer", "two layers"])
-def test_large_batches_in_parts_give_the_same(monkeypatch, target, layers):
-    model, images = SmallNet(), draw(11, 3, 16, 16)
-    whole = cam(model, images, target, layers, normalise=False)
+def test_large_batches_in_parts_give_the_same(monkeypatch, target):
+    model, images, sizes = SmallNet(), draw(11, 3, 16, 16), []
+    whole = cam(model, images, target, ["layer2", "layer3"], normalise=False)
     monkeypatch.setattr(gradcam, "IMAGES_AT_ONCE", 4)
-    sizes = []
-    handle = model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    parts = cam(model, images, target, layers, normalise=False)
-    handle.remove()
+    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    parts = cam(model, images, target, ["layer2", "layer3"], normalise=False)
     assert sizes == [4, 4, 3]
-    assert (whole.targets is None) == (parts.targets is None)
-    if whole.targets is not None:
-        assert torch.equal(parts.targets, whole.targets)
-    torch.testing.assert_close(parts.logits, whole.logits)
-    for name in layers or [None]:
-        a, b = (r.maps if name is None else r.maps[name] for r in (parts, whole))
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-        a, b = (r.all_zero if name is None else r.all_zero[name] for r in (parts, whole))
-        assert torch.equal(a, b)
-
-
-def test_too_few_targets_for_a_large_batch(monkeypatch):
-    monkeypatch.setattr(gradcam, "IMAGES_AT_ONCE", 4)
-    with pytest.raises(ValueError, match="one for each of 11 images"):
-        cam(SmallNet(), draw(11, 3, 16, 16), [0] * 8)
+    for field in ("maps", "logits", "targets", "all_zero"):
+        torch.testing.assert_close(getattr(parts, field), getattr(whole, field))
 
 
 def test_target_kinds_mean_the_same():
@@ -363,6 +345,11 @@ def test_target_kinds_mean_the_same():
         by_function = cam(model, IMAGES, lambda z: z[:, 2], method=method)
         assert by_function.targets is None
         torch.testing.assert_close(by_function.maps, cam(model, IMAGES, 2, method=method).maps)
+        wrapped = Function(lambda m, x: {"out": m.net(x), "more": [x]}, net=model)
+        by_key = cam(wrapped, IMAGES, lambda out: out["out"][:, 2], "net.layer3", method)
+        assert torch.equal(by_key.maps, by_function.maps) and by_key.logits is None
+    with pytest.raises(ValueError, match="pass a target function.*got a dict"):
+        cam(wrapped, IMAGES, 2, "net.layer3")
     difference = cam(model, IMAGES, lambda z: z[:, 1] - z[:, 3], normalise=False, size="layer")
     weight = (model.fc.weight[1] - model.fc.weight[3]).detach()
     features = model.layer3(model.layer2(model.layer1(IMAGES))).detach()
@@ -386,15 +373,12 @@ def test_default_layer():
     assert default_layer(SmallNet()) == "layer3"
     assert default_layer(torchvision.models.resnet18()) == "layer4"
     assert default_layer(nn.Sequential(nn.Identity(), SmallNet())) == "1.layer3"
-    with pytest.raises(ValueError, match=r"Candidates: features, .*features\.18"):
-        default_layer(torchvision_like_vgg())
+    with pytest.raises(
+        ValueError, match="layerN in features, avgpool, classifier: pass the target"
+    ):
+        default_layer(network("vgg11"))
     with pytest.raises(ValueError, match="pass the target layer"):
         default_layer(nn.ModuleList([SmallNet(), SmallNet()]))
-
-
-def torchvision_like_vgg() -> nn.Module:
-    with torch.device("meta"):
-        return torchvision.models.vgg11(init_weights=False)
 
 
 def test_a_new_method_is_one_rule(monkeypatch):
@@ -437,15 +421,6 @@ def test_operations_in_place_after_the_layer(method, layer):
     assert not expected.all_zero.all()
 
 
-def test_densenet_features_before_an_in_place_relu():
-    model = network("densenet")
-    features = model.features(X).detach().requires_grad_()
-    logits = model.classifier(F.relu(features).mean((2, 3)))
-    (gradient,) = torch.autograd.grad(logits[range(2), CLASSES].sum(), features)
-    expected = (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu().detach()
-    torch.testing.assert_close(raw("densenet", "features", "grad-cam"), expected)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_the_last_call_of_a_module_used_twice_counts(method):
     def forward(self, x):
@@ -477,15 +452,6 @@ def state(model: nn.Module) -> dict:
     }
 
 
-def assert_same_state(before: dict, after: dict) -> None:
-    for key in ("training", "hooks", "requires_grad"):
-        assert before[key] == after[key], key
-    for old, new in zip(before["grad"], after["grad"], strict=True):
-        assert (old is None) == (new is None) and (old is None or torch.equal(old, new))
-    for key, old in before["tensors"].items():
-        assert torch.equal(old, after["tensors"][key]), key
-
-
 def used_network() -> nn.Module:
     """In the middle of a training: mixed modes, some gradients, some frozen parameters."""
     model = SmallNet().train()
@@ -497,38 +463,25 @@ def used_network() -> nn.Module:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_is_left_behind(method):
-    model = used_network()
-    before = state(model)
-    rng, grad_mode = torch.get_rng_state(), torch.is_grad_enabled()
-    images = IMAGES.clone().requires_grad_()
-    result = cam(model, images, None, ["layer1", "layer3"], method)
-    assert not any(maps.requires_grad for maps in result.maps.values())
-    assert not result.logits.requires_grad
-    expected = cam(copy.deepcopy(model).eval(), IMAGES, None, ["layer1", "layer3"], method)
-    torch.testing.assert_close(result.maps, expected.maps)
-    assert_same_state(before, state(model))
-    assert images.grad is None and torch.is_grad_enabled() == grad_mode
-    assert torch.equal(rng, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("where", ["trunk", "tail", "target"])
-def test_nothing_is_left_behind_after_an_exception(method, where):
+@pytest.mark.parametrize("where", ["nowhere", "trunk", "tail", "target"])
+def test_nothing_is_left_behind_even_after_an_exception(method, where):
     def fail(*_):
         raise KeyError("stop")
 
-    model, target = used_network(), None
-    if where == "target":
-        target = fail
-    else:
+    model, images = used_network(), IMAGES.clone().requires_grad_()
+    if where in ("trunk", "tail"):
         stage = model.layer1 if where == "trunk" else model.fc
         stage.register_forward_pre_hook(fail)
-    before = state(model)
-    with pytest.raises(KeyError, match="stop"):
-        cam(model, IMAGES, target, ["layer2", "layer3"], method)
-    assert_same_state(before, state(model))
-    assert torch.is_grad_enabled()
+    before, rng = state(model), torch.get_rng_state()
+    with contextlib.nullcontext() if where == "nowhere" else pytest.raises(KeyError, match="stop"):
+        target = fail if where == "target" else None
+        result = cam(model, images, target, ["layer2", "layer3"], method)
+        assert not any(x.requires_grad for x in (*result.maps.values(), result.logits))
+        expected = cam(copy.deepcopy(model).eval(), IMAGES, None, ["layer2", "layer3"], method)
+        torch.testing.assert_close(result.maps, expected.maps)
+    torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+    assert images.grad is None and torch.is_grad_enabled()
+    assert torch.equal(rng, torch.get_rng_state())
 
 
 def test_only_the_tail_is_recorded():
@@ -544,27 +497,18 @@ def test_only_the_tail_is_recorded():
     assert not any(recorded.values())
 
 
-def test_parameters_get_no_gradient_work():
-    model, asked = SmallNet().train(), []
-    for parameter in model.parameters():
-        parameter.register_hook(lambda gradient: asked.append(1))
-    cam(model, IMAGES, layers="layer1")
-    assert not asked
-
-
-def test_frozen_no_grad_and_inference_mode():
+def test_frozen_no_grad_inference_mode_and_other_dtypes():
     model = SmallNet()
     expected = cam(model, IMAGES, layers="layer2").maps
+    other = cam(model, IMAGES.float(), layers="layer2").maps
+    torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
     frozen = SmallNet().requires_grad_(False)
     torch.testing.assert_close(cam(frozen, IMAGES, layers="layer2").maps, expected)
     with torch.no_grad():
         torch.testing.assert_close(cam(model, IMAGES, layers="layer2").maps, expected)
     with torch.inference_mode():
         maps = cam(model, IMAGES.clone(), layers=model.layer2).maps
-        made_here = SmallNet()
-        maps_made_here = cam(made_here, IMAGES.clone(), layers=made_here.layer2).maps
     torch.testing.assert_close(maps.clone(), expected)
-    torch.testing.assert_close(maps_made_here.clone(), expected)
 
 
 def test_no_grad_inside_the_network():
@@ -580,9 +524,6 @@ def test_no_grad_inside_the_network():
         torch.testing.assert_close(
             cam(inside, IMAGES, 1, layer).maps, cam(model, IMAGES, 1, layer).maps
         )
-    late = Function(lambda self, x: self.model(x).detach(), model=model)
-    with pytest.raises(ValueError, match="doesn't depend on"):
-        cam(late, IMAGES, layers="model.layer3")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -608,30 +549,21 @@ def test_autocast_training_goes_on_after_a_map():
 
 
 def test_all_zero_maps_are_zeros_and_counted():
-    model = SmallNet()
+    model, dead = SmallNet(), SmallNet()
     with torch.no_grad():
         model.fc.weight[0] = -model.fc.weight[0].abs()
         model.fc.weight[1] = 0
-    for method in ("grad-cam", "layercam", "xgrad-cam", "grad-cam++", "hirescam"):
-        result = cam(model, IMAGES, "all", method=method)
-        assert torch.isfinite(result.maps).all()
-        assert result.all_zero[:, :2].all() and not result.all_zero[:, 2:].all()
-        assert torch.equal(result.all_zero, result.maps.amax((2, 3)) == 0)
-    dead = SmallNet()
-    with torch.no_grad():
         dead.layer3[1].bias.fill_(-1e9)
     for method in METHODS:
+        result = cam(model, IMAGES, "all", method=method)
+        assert torch.equal(result.all_zero, result.maps.amax((2, 3)) == 0)
+        if METHODS[method].uses == "gradients":
+            assert result.all_zero[:, :2].all() and not result.all_zero[:, 2:].all()
         result = cam(dead, IMAGES, method=method)
-        assert torch.isfinite(result.maps).all() and result.all_zero.all()
-        assert result.maps.abs().max() == 0
+        assert result.all_zero.all() and result.maps.abs().max() == 0
 
 
-def test_nan_is_an_error():
-    model = SmallNet()
-    images = IMAGES.clone()
-    images[1, 0, 3, 3] = math.nan
-    with pytest.raises(ValueError, match="images must be .* NaN"):
-        cam(model, images)
+def test_nan_and_overflow_are_errors():
     broken = SmallNet()
     with torch.no_grad():
         broken.fc.weight[0, 0] = math.nan
@@ -653,156 +585,111 @@ def test_nan_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("target", "error", "message"),
+    ("target", "message"),
     [
-        (5, ValueError, "0 to 4"),
-        (-1, ValueError, "0 to 4"),
-        ([0, 1, 2, 9], ValueError, "0 to 4"),
-        ([0, 1, 2], ValueError, "4 images"),
-        ([[0], [1], [2], [3]], ValueError, "4 images"),
-        (1.0, ValueError, "a class or one for each"),
-        (True, ValueError, "a class or one for each"),
-        ("cat", ValueError, "'all'"),
-        (lambda z: z.sum(), ValueError, "one score a row"),
-        (lambda z: 3, ValueError, "one score a row"),
+        (5, "0 to 4"),
+        (-1, "0 to 4"),
+        ([0, 1, 2, 9], "0 to 4"),
+        ([0, 1, 2], "4 images"),
+        ([[0], [1], [2], [3]], "4 images"),
+        (1.0, "a class or one for each"),
+        (True, "a class or one for each"),
+        ("cat", "'all'"),
+        (lambda z: z.sum(), "one score a row"),
+        (lambda z: 3, "one score a row"),
     ],
 )
-def test_wrong_targets(target, error, message):
-    with pytest.raises(error, match=message):
+def test_wrong_targets(target, message):
+    with pytest.raises(ValueError, match=message):
         cam(SmallNet(), IMAGES, target)
 
 
 @pytest.mark.parametrize(
-    ("images", "error", "message"),
+    ("images", "message"),
     [
-        (IMAGES.numpy(), ValueError, "floating point"),
-        ((IMAGES * 255).to(torch.uint8), ValueError, "uint8"),
-        (IMAGES[0, 0], ValueError, "N x C x H x W"),
-        (IMAGES[:0], ValueError, "N x C x H x W"),
+        (IMAGES.numpy(), "floating point"),
+        ((IMAGES * 255).to(torch.uint8), "uint8"),
+        (IMAGES[0, 0], "N x C x H x W"),
+        (IMAGES[:0], "N x C x H x W"),
+        (IMAGES / 0, "images must be finite"),
     ],
 )
-def test_wrong_images(images, error, message):
-    with pytest.raises(error, match=message):
+def test_wrong_images(images, message):
+    with pytest.raises(ValueError, match=message):
         cam(SmallNet(), images)
 
 
-def test_wrong_layers_methods_and_outputs():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": "layer9"}, "'layer9' is no layer of this model, made of layer1, layer2"),
+        ({"layers": SmallNet().layer3}, "Sequential.* is no layer of this model"),
+        ({"layers": "fc"}, "'fc' gives .* earlier convolutional layer"),
+        ({"layers": "spare"}, r"never ran \['spare'\]"),
+        ({"layers": ["idle", "layer3"]}, r"doesn't depend on \['idle'\]"),
+        ({"layers": "pair"}, "'pair' gives a tuple"),
+        ({"images": IMAGES[:, :, :4, :4]}, "above 1 x 1"),
+        ({"method": "gradcam"}, "grad-cam, grad-cam"),
+        ({"size": "full"}, "choose one of input, layer"),
+    ],
+)
+def test_wrong_layers_methods_and_sizes(options, message):
     model = SmallNet()
-    with pytest.raises(ValueError, match="model must be a torch network"):
-        cam(IMAGES, model)
-    with pytest.raises(ValueError, match=r"'layer9' is no layer.*layer1, .*layer3\.0"):
-        cam(model, IMAGES, layers="layer9")
-    with pytest.raises(ValueError, match="Sequential is no layer of this model"):
-        cam(model, IMAGES, layers=SmallNet().layer3)
-    with pytest.raises(ValueError, match=r"\[\] is no layer"):
-        cam(model, IMAGES, layers=[])
-    with pytest.raises(ValueError, match="convolutional layer"):
-        cam(model, IMAGES, layers="fc")
-    with pytest.raises(ValueError, match="above 1 x 1"):
-        cam(model, IMAGES[:, :, :4, :4], layers="layer3")
-    doubled = Function(lambda self, x: self.net(x.repeat(2, 1, 1, 1))[: len(x)], net=SmallNet())
-    with pytest.raises(ValueError, match="expected 4 x C"):  # rows that are no longer the images
-        cam(doubled, IMAGES, layers="net.layer3")
-    with pytest.raises(ValueError, match="grad-cam, grad-cam"):
-        cam(model, IMAGES, method="gradcam")
-    with pytest.raises(ValueError, match="'input' or 'layer'"):
-        cam(model, IMAGES, size="full")
-    model.spare = nn.Conv2d(3, 3, 1).double()
-    with pytest.raises(ValueError, match=r"never ran \['spare'\]"):
-        cam(model, IMAGES, layers="spare")
-    idle = Function(
-        lambda self, x: (self.side(x), self.net(x))[1], net=SmallNet(), side=nn.Conv2d(3, 2, 1)
-    ).double()
-    with pytest.raises(ValueError, match="doesn't depend on 'side'"):
-        cam(idle, IMAGES, layers=["side", "net.layer3"])
-    with pytest.raises(ValueError, match="doesn't depend on 'side'"):
-        cam(idle, IMAGES, layers="side")
-    pair = Function(lambda self, x: (self.net(x), x), net=SmallNet())
-    with pytest.raises(ValueError, match="got a tuple"):
-        cam(pair, IMAGES, layers="net.layer3")
-    dense = Function(lambda self, x: self.net(x)[:, :, None, None], net=SmallNet())
-    with pytest.raises(ValueError, match="target function"):
-        cam(dense, IMAGES, layers="net.layer3")
-    cam(dense, IMAGES, lambda z: z[:, 1, 0, 0], "net.layer3")
+    model.spare, model.idle = nn.Conv2d(3, 3, 1).double(), nn.Conv2d(3, 2, 1).double()
+    model.pair = Function(lambda m, x: (x, x))
+    model.layer1.register_forward_pre_hook(lambda _m, x: (model.idle(*x), model.pair(*x), None)[2])
+    with pytest.raises(ValueError, match=message):
+        cam(model, **{"images": IMAGES} | options)
 
 
-@pytest.mark.parametrize("method", ["grad-cam", "eigen-cam"])
-def test_the_memory_order_changes_no_map(monkeypatch, method):
-    orders = []
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda m, x: m.net(x.repeat(2, 1, 1, 1))[: len(x)], "expected 4 x C"),  # other rows
+        (lambda m, x: (m.net(x), x), "got a tuple"),
+        (lambda m, x: m.net(x)[:, :, None, None], "target function"),
+        (lambda m, x: m.net(x).detach(), "doesn't depend on"),
+    ],
+)
+def test_networks_that_cannot_be_explained(forward, message):
+    with pytest.raises(ValueError, match=message):
+        cam(Function(forward, net=SmallNet()), IMAGES, layers="net.layer3")
 
-    def note(module, x):
+
+@pytest.mark.parametrize("method", ["grad-cam", "eigen-cam", "score-cam"])
+@pytest.mark.parametrize("flatten", [torch.flatten, lambda x, _: x.view(len(x), -1)])
+def test_the_memory_order_changes_no_map(monkeypatch, method, flatten):
+    """On images in channels_last order `view` raises; the maps come all the same."""
+    orders, conv, tail = [], nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 16 * 16, 4)
+
+    def forward(module, x):
         orders.append(x.is_contiguous(memory_format=torch.channels_last))
-        return module.net(x)
+        return tail(flatten(module.conv(x).relu(), 1))
 
-    model = Function(note, net=SmallNet())
-    plain = cam(model, IMAGES, None, "net.layer2", method)
+    model = Function(forward, conv=conv, tail=tail)
+    randomise(model)
+    plain = cam(model, IMAGES, None, "conv", method)
     assert not any(orders)
     monkeypatch.setattr(gradcam, "PIXELS_FOR_CHANNELS_LAST", IMAGES[:, 0].numel())
-    orders.clear()
-    fast = cam(model, IMAGES, None, "net.layer2", method)
-    assert orders[0]
+    fast = cam(model, IMAGES, None, "conv", method)
+    assert any(orders) and IMAGES.is_contiguous()
     torch.testing.assert_close(fast.maps, plain.maps, rtol=0, atol=1e-12)
     torch.testing.assert_close(fast.logits, plain.logits, rtol=0, atol=1e-12)
-    assert IMAGES.is_contiguous()
 
 
-@pytest.mark.parametrize("method", ["grad-cam", "score-cam"])
-def test_a_network_that_flattens_with_view(monkeypatch, method):
-    """On images in channels_last order `view` raises; the maps come all the same."""
-    conv = nn.Conv2d(3, 6, 3, padding=1)
-    tail = nn.Linear(6 * 16 * 16, 4)
-    randomise(nn.ModuleList([conv, tail]))
-    model = Function(
-        lambda m, x: m.tail(m.conv(x).relu().view(len(x), -1)), conv=conv, tail=tail
-    ).double()
-    plain = cam(model, IMAGES, None, "conv", method)
-    monkeypatch.setattr(gradcam, "PIXELS_FOR_CHANNELS_LAST", 1)
-    torch.testing.assert_close(cam(model, IMAGES, None, "conv", method).maps, plain.maps)
-
-
-def test_compiled_and_wrapped_networks(tmp_path):
-    model = SmallNet()
-    expected = cam(model, IMAGES, layers=["layer2", "layer3"]).maps
-
-    def same(wrapped: nn.Module, layers: list) -> None:
-        wrapped(IMAGES)  # compiles
-        torch.testing.assert_close(cam(wrapped, IMAGES, layers=layers).maps, expected)
-
-    same(torch.compile(SmallNet(), backend="eager"), ["layer2", "layer3"])
-    wrapped = torch.compile(model, backend="eager")
-    same(wrapped, [model.layer2, wrapped.layer3])
-    in_place = SmallNet()
+def test_compiled_and_wrapped_networks():
+    expected = cam(SmallNet(), IMAGES, layers="layer2").maps
+    whole = torch.compile(SmallNet(), backend="eager")
+    in_place, part = SmallNet(), SmallNet()
     in_place.compile(backend="eager")
-    same(in_place, ["layer2", "layer3"])
-    part = SmallNet()
     part.layer2 = torch.compile(part.layer2, backend="eager")
     part.layer3.compile(backend="eager")
-    same(part, ["layer2", "layer3"])
-    same(nn.DataParallel(SmallNet()), ["layer2", "layer3"])
-
-    # Compiled for just the conditions in which a map is computed: nothing forces a recompilation.
-    ready = SmallNet().requires_grad_(False)
-    ready.compile(backend="eager")
-    with torch.no_grad():
-        ready(IMAGES)
-    eigen = cam(model, IMAGES, method="eigen-cam").maps
-    torch.testing.assert_close(cam(ready, IMAGES, method="eigen-cam").maps, eigen)
-    dist = torch.distributed
-    if dist.is_available() and dist.is_gloo_available():
-        dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
-            same(nn.parallel.DistributedDataParallel(SmallNet()), ["layer2", "layer3"])
-        finally:
-            dist.destroy_process_group()
-
-
-def test_devices_dtypes_and_memory_formats():
-    model = SmallNet()
-    expected = cam(model, IMAGES).maps
-    torch.testing.assert_close(cam(model, IMAGES.float()).maps, expected, rtol=1e-4, atol=1e-5)
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    images = IMAGES.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(cam(last, images).maps, expected)
+    for model in (whole, in_place, part, nn.DataParallel(SmallNet())):
+        model(IMAGES)  # compiles
+        layer = next(name for name, _ in model.named_modules() if name.endswith("layer2"))
+        for one in (layer, model.get_submodule(layer)):
+            torch.testing.assert_close(cam(model, IMAGES, layers=one).maps, expected)
+        assert cam(model, IMAGES, method="eigen-cam").maps.shape == (4, 16, 16)
 
 
 # --- Pictures ----------------------------------------------------------------------------------
@@ -851,14 +738,10 @@ def test_pictures_accept_every_layout():
     ("image", "heat"),
     [
         (picture()[:, :, 0], HEAT),
-        (picture()[..., None], HEAT),
         (picture().astype(np.int64), HEAT),
-        (picture().astype(np.float32), HEAT),
         (picture() / 255 - 0.5, HEAT),
         (np.full((12, 20, 3), np.nan), HEAT),
         (picture(), HEAT * 2),
-        (picture(), HEAT - 0.5),
-        (picture(), HEAT * np.nan),
         (picture(), HEAT[None]),
     ],
 )
