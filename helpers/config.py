@@ -7,8 +7,9 @@ This is the only module that reads the environment. A study is decided by
     DATASET      what on: a name from `helpers.data.DATASETS` or the path of a folder of images
     BATCH_SIZE   the most images in a batch, where memory doesn't hold the profile's
 
-and by RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE (auto, cpu, cuda or mps) and PROGRESS. With
-EXECUTOR=processes or ray several runs are trained at a time, on CORES_PER_RUN cores each.
+and by RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE (auto, cpu, cuda or mps) and PROGRESS. EXECUTOR says
+whether runs are trained one after the other (local) or several at a time, on CORES_PER_RUN cores
+each (processes, as on a CPU if nothing is said, or ray).
 """
 
 from __future__ import annotations
@@ -195,20 +196,24 @@ def study() -> Study:
     def folder(variable: str, default: str) -> Path:
         return Path(os.path.expanduser(os.environ.get(variable) or ROOT / default)).resolve()
 
+    cores = os.cpu_count() or 1
     name = choice("PROFILE", "quick", "|".join(PROFILES), f"one of {', '.join(PROFILES)}")
     profile, device = PROFILES[name], os.environ.get("DEVICE") or "auto"
     most = count("BATCH_SIZE", profile.batch_size, "images")
+    # On a CPU the full study would take weeks: who wants that has to say DEVICE=cpu.
+    device = choose_device("cuda" if (name, device) == ("full", "auto") else device)
+    # Runs that take seconds aren't worth the start of processes; a GPU trains one at a time.
+    executor = "processes" if device.type == "cpu" and name != "smoke" else "local"
     return Study(
         profile=replace(profile, batch_size=min(most, profile.batch_size)),
         dataset=os.environ.get("DATASET") or profile.default_dataset,
         runs_dir=folder("RUNS_DIR", "runs"),
         data_dir=folder("DATA_DIR", "data"),
         analysis_dir=folder("ANALYSIS_DIR", "analysis"),
-        # On a CPU the full study would take weeks: who wants that has to say DEVICE=cpu.
-        device=choose_device("cuda" if (name, device) == ("full", "auto") else device),
+        device=device,
         progress=choice("PROGRESS", "bar", "bar|none|file:.+", "bar, none or file:PATH"),
-        executor=choice("EXECUTOR", "local", "local|processes|ray", "local, processes or ray"),
-        cores_per_run=count("CORES_PER_RUN", 1, "CPU cores"),
+        executor=choice("EXECUTOR", executor, "local|processes|ray", "local, processes or ray"),
+        cores_per_run=count("CORES_PER_RUN", -(-cores // 4), "CPU cores"),
     )
 
 

@@ -3,9 +3,10 @@
 Runs are independent, named by their content and resumable, so spreading them needs a scheduler and
 nothing else; each is a call of `load_or_train`. How far they are is read from their folders.
 
-EXECUTOR=processes trains several at a time on this machine. EXECUTOR=ray needs `pip install .[ray]`
-and on each machine of a cluster this package and the data at the same paths; if the machines don't
-share RUNS_DIR, finished runs are sent to this process.
+EXECUTOR=processes trains several at a time on this machine, up to four on as many cores: one
+network of this size keeps few cores busy. EXECUTOR=ray needs `pip install .[ray]` and on each
+machine of a cluster this package and the data at the same paths; if the machines don't share
+RUNS_DIR, finished runs are sent to this process.
 """
 
 from __future__ import annotations
@@ -114,11 +115,14 @@ def _train_in_worker(run: Run, study: Study) -> tuple[str, dict[str, bytes]]:
     """Train one run; return what went wrong and, from another machine, the result's files."""
     if study.device.type == "cuda":  # Ray shows a worker its own GPU only, as number 0
         study = replace(study, device=torch.device("cuda"))
+    threads = torch.get_num_threads()
     torch.set_num_threads(study.cores_per_run)
     try:
         folder = load_or_train(run, study).folder
     except Exception as error:
         return f"{type(error).__name__}: {error}", {}
+    finally:
+        torch.set_num_threads(threads)  # with one at a time this is the caller's process
     names = RESULT_FILES if study.executor == "ray" else ()
     return "", {name: (folder / name).read_bytes() for name in names}
 
@@ -146,7 +150,7 @@ def show_progress(runs: Sequence[Run], study: Study, title: str) -> Iterator[Non
     if kind == "none" or not runs:
         yield
         return
-    text = "{desc}: {percentage:3.0f}% |{bar}| {remaining} left{postfix}"
+    text = "{desc}: {percentage:3.0f}% |{bar:10}| {remaining} left{postfix}"
     options = {"desc": title, "bar_format": text, "smoothing": 0, "leave": False}
     options |= {"total": sum(map(cost, runs)), "initial": _done(runs, study)[0]}
     ended = threading.Event()

@@ -38,7 +38,7 @@ def test_defaults_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch, empty
     for variable in VARIABLES if empty else ():
         monkeypatch.setenv(variable, "")
     found, root = study(), config.ROOT
-    assert (found.set_name, found.progress, found.executor) == ("shapes-quick", "bar", "local")
+    assert (found.set_name, found.progress, found.executor) == ("shapes-quick", "bar", "processes")
     assert (found.runs_dir, found.data_dir) == (root / "runs", root / "data")
     assert found.results_dir == root / "analysis" / "shapes-quick" / "results"
 
