@@ -2,8 +2,8 @@
 
 This is the only module that reads the environment. A study is decided by
 
-    PROFILE      how much work: smoke (tests), quick (default, minutes on a laptop), long (an
-                 evening on a laptop) or full (a CUDA GPU)
+    PROFILE      how much work: smoke (tests), quick (default, minutes on a laptop), long (a night
+                 or two on a laptop) or full (a CUDA GPU)
     DATASET      what on: a name from `helpers.data.DATASETS` or the path of a folder of images
     BATCH_SIZE   the most images in a batch, where memory doesn't hold the profile's
 

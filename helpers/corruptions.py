@@ -2,7 +2,7 @@
 
 After Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations" (ICLR 2019), with the strengths of their CIFAR-10-C. Images are corrupted as they
-are needed; no network is trained on them, and nothing is chosen by them.
+are needed, and nothing is chosen by them.
 """
 
 from __future__ import annotations
