@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_PEERS := $(VENV)/.installed-peers
 INSTALLED_RAY := $(VENV)/.installed-ray
 
-.PHONY: help study test lab report runs publish bench soak golden clean
+.PHONY: help study test lab report publish bench soak golden clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,7 +19,6 @@ help:
 	@echo "make test      lint, unit tests, and every notebook compared with its outputs"
 	@echo "make lab       open JupyterLab in notebooks/"
 	@echo "make report    build the report of a study that has run"
-	@echo "make runs      list stored runs with their state and metrics"
 	@echo "make bench     measure speed against reference loops and peer libraries"
 	@echo "make soak      kill a training 100 times and compare with the uninterrupted one"
 	@echo "make golden    compare weights, maps and fingerprints with the golden record"
@@ -56,9 +55,6 @@ lab: $(INSTALLED)
 
 report: $(INSTALLED)
 	$(BIN)/python report/build.py
-
-runs: $(INSTALLED)
-	@$(BIN)/python -m helpers.results
 
 publish: $(INSTALLED)
 	$(BIN)/python -m helpers.notebooks --publish

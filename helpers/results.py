@@ -1,7 +1,4 @@
-"""What comparisons of finished runs need: means, differences, tables and result files.
-
-`python -m helpers.results` lists the runs that are stored.
-"""
+"""What comparisons of finished runs need: means, intervals, differences and result files."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers import config
 from helpers.config import Study, dataset_slug, write_atomically
 from helpers.data import SPLITS, Dataset
 from helpers.evaluation import Interval, Verdict, seeds_intervals
@@ -42,10 +38,7 @@ def trained_out(results: Sequence[Result]) -> bool:
 
 
 def accuracies(results: Mapping[str, Sequence[Result]]) -> dict[str, Interval]:
-    """Return each name's test accuracy with its interval, see `evaluation.seeds_intervals`.
-
-    What of an interval lies outside 0 and 1 is cut off.
-    """
+    """Return each name's test accuracy with its interval, cut off at 0 and 1."""
     found = seeds_intervals({n: np.stack([r.correct for r in rs]) for n, rs in results.items()})
     return {n: replace(i, low=max(i.low, 0), high=min(i.high, 1)) for n, i in found.items()}
 
@@ -68,24 +61,6 @@ def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict
         paired[name] = np.stack([one.correct - other.correct for one, other in pairs])
     del paired[reference]
     return seeds_intervals(paired)
-
-
-def stored_runs(runs_dir: Path) -> pd.DataFrame:
-    """Return a table of the runs in a folder: name, state (begun, finished, damaged), metrics."""
-    rows = []
-    for folder in sorted(path.parent for path in runs_dir.glob("*/run.json")):
-        row = {"run": folder.name, "state": "begun"}
-        try:
-            found = json.loads((folder / "result.json").read_bytes())
-            train, test = (found["metrics"][split]["accuracy"] for split in ("train", "test"))
-            row |= {"state": "finished", "test accuracy": test, "gap": train - test}
-            row["seconds"] = found["seconds"]
-        except (ValueError, LookupError):
-            row["state"] = "damaged"
-        except FileNotFoundError:
-            pass
-        rows.append(row)
-    return pd.DataFrame(rows)
 
 
 def describe_data(dataset: Dataset, role: str = "study") -> dict[str, Any]:
@@ -123,9 +98,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} can't be written as JSON")
-
-
-if __name__ == "__main__":
-    runs_dir = config.study().runs_dir
-    table = stored_runs(runs_dir).to_string(index=False, na_rep="", float_format="{:.3f}".format)
-    print(f"runs in {runs_dir}\n{table}")

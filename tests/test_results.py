@@ -1,4 +1,4 @@
-"""Comparisons of results, the table of stored runs, and result files."""
+"""Comparisons of results, and result files."""
 
 from __future__ import annotations
 
@@ -76,21 +76,6 @@ def test_means_gaps_and_networks_that_were_trained_out(result: Result) -> None:
     assert results.trained_out(made)
     made[1].metrics["train"]["accuracy"] = 0.949
     assert not results.trained_out(made)
-
-
-def test_stored_runs_are_listed_with_their_states(result: Result) -> None:
-    runs_dir = result.folder.parent
-    for state, content in (("begun", None), ("damaged", "{"), ("of nothing", "{}")):
-        (runs_dir / state).mkdir()
-        (runs_dir / state / "run.json").touch()
-        if content is not None:
-            (runs_dir / state / "result.json").write_text(content)
-    (runs_dir / "something else").mkdir()
-    table = results.stored_runs(runs_dir).set_index("run")
-    assert len(table) == 4 and table["state"]["begun"] == "begun"
-    assert table["state"]["damaged"] == table["state"]["of nothing"] == "damaged"
-    expected = ["finished", result.test_accuracy, results.gap(result), result.seconds]
-    assert list(table.loc[result.run.key]) == expected
 
 
 def test_a_result_file_holds_what_is_shown_as_text(study: Study, small_shapes: Dataset) -> None:
