@@ -25,7 +25,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from helpers.config import images_at_once
 from helpers.evaluation import Interval, bootstrap_interval
-from helpers.gradcam import undisturbed
+from helpers.models import undisturbed
 
 BATCH = 256  # images in one forward pass at most
 STEPS = 16  # of insertion and deletion

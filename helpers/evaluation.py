@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
@@ -26,25 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers.config import images_at_once
 from helpers.data import Split
 from helpers.loader import normalise
+from helpers.models import undisturbed
 
 BATCH = 500  # images in one forward pass at most
 LEVEL, RESAMPLES = 0.95, 2000  # of intervals
 SMALLEST_DIFFERENCE = 0.005  # half a point of accuracy: what is smaller isn't of interest
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a network in evaluation mode, and every submodule back as it was after."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in before:
-            module.training = flag
-
-
-@torch.inference_mode()
 def predict(
     model: nn.Module, split: Split, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -56,7 +43,7 @@ def predict(
     device = next(model.parameters()).device
     at_once = images_at_once(device, *split.images.shape[-2:], BATCH)
     logits = []
-    with evaluation_mode(model):
+    with undisturbed(model):
         for images in split.images.split(at_once):
             batch = normalise(images.to(device), mean, std)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -272,7 +259,7 @@ def multiply_adds(model: nn.Module, image_size: int, in_channels: int = 3) -> in
     first = next(model.parameters())
     image = torch.zeros(1, in_channels, image_size, image_size, device=first.device)
     counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), evaluation_mode(model), counter:
+    with undisturbed(model), counter:
         model(image)
     return counter.get_total_flops() // 2
 
@@ -289,13 +276,12 @@ def measure(call: Callable[[], object], *, repeats: int = 7, device: torch.devic
     return statistics.median(times[2:])
 
 
-@torch.inference_mode()
 def latency(model: nn.Module, image_size: int, batch_size: int = 1, repeats: int = 7) -> float:
     """Return the seconds of a batch's forward pass in float32, on the model's device."""
     device = next(model.parameters()).device
     images = torch.ones(batch_size, 3, image_size, image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    with evaluation_mode(model):
+    with undisturbed(model), torch.inference_mode():
         return measure(lambda: model(images), repeats=repeats, device=device)
 
 

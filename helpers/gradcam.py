@@ -19,7 +19,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.config import images_at_once
+from helpers.models import undisturbed
 
 Target = int | Sequence[int] | Tensor | str | Callable[[Any], Tensor] | None
 Layer = str | nn.Module
@@ -235,30 +236,6 @@ def default_layer(model: nn.Module) -> str:
         parts = ", ".join(dict(model.named_children()))
         raise ValueError(f"no single last stage layerN in {parts}: pass the target layer.")
     return stages[0][2]
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Have the model in evaluation mode, frozen and uncompiled; put everything back on leaving.
-
-    Frozen parameters keep the trunk, up to the target layer, from being recorded, and their casts
-    out of autocast's cache. Flags are set one by one, since `model.eval()` may be overridden.
-    """
-    modules = list(model.modules())
-    parameters = [x for module in modules for x in module._parameters.values() if x is not None]
-    flags = [(module, "training") for module in modules if module.training]
-    flags += [(parameter, "requires_grad") for parameter in parameters if parameter.requires_grad]
-    eager = contextlib.nullcontext()
-    if any(m._compiled_call_impl or "_orig_mod" in m._modules for m in modules):
-        eager = torch.compiler.set_stance("force_eager")  # compiled, no hook fires
-    try:
-        for owner, flag in flags:
-            setattr(owner, flag, False)
-        with torch.inference_mode(False), torch.no_grad(), eager:
-            yield
-    finally:
-        for owner, flag in flags:
-            setattr(owner, flag, True)
 
 
 def _explain(model, names, method, reshape, images, target):

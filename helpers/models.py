@@ -13,6 +13,9 @@ Each can be had *plain*, with the additions left out, which is the paper's contr
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -276,3 +279,25 @@ def build_model(
 def count_parameters(model: nn.Module) -> int:
     """Return how many trainable numbers a network has."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Have a network in evaluation mode, frozen and uncompiled; put everything back on leaving.
+
+    Frozen parameters keep a trunk from being recorded, and their casts out of autocast's cache.
+    Flags are set one by one, since `model.eval()` may be overridden.
+    """
+    flags = [(module, "training") for module in model.modules() if module.training]
+    flags += [(p, "requires_grad") for p in model.parameters() if p.requires_grad]
+    eager = contextlib.nullcontext()
+    if any(m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules()):
+        eager = torch.compiler.set_stance("force_eager")  # compiled, no hook fires
+    try:
+        for owner, flag in flags:
+            setattr(owner, flag, False)
+        with torch.inference_mode(False), torch.no_grad(), eager:
+            yield
+    finally:
+        for owner, flag in flags:
+            setattr(owner, flag, True)
