@@ -3,10 +3,9 @@
 Runs are independent, named by their content and resumable, so spreading them needs a scheduler and
 nothing else; each is a call of `load_or_train`. How far they are is read from their folders.
 
-EXECUTOR=processes trains several at a time on this machine, up to four on as many cores: one
-network of this size keeps few cores busy. EXECUTOR=ray needs `pip install .[ray]` and on each
-machine of a cluster this package and the data at the same paths; if the machines don't share
-RUNS_DIR, finished runs are sent to this process.
+EXECUTOR=processes trains several at a time on this machine: one network of this size keeps few
+cores busy. EXECUTOR=ray needs `pip install .[ray]` and, on each machine of a cluster, this package
+and the data at the same paths and the same RUNS_DIR, shared.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm as notebook_or_terminal_bar
 from tqdm.std import tqdm as plain_bar
 
 from helpers import config
-from helpers.config import ROOT, Study, write_atomically
+from helpers.config import ROOT, Study
 from helpers.data import Dataset
 from helpers.evaluation import multiply_adds
 from helpers.runs import Result, Run, RunError, load_or_train, make_run
@@ -38,9 +37,8 @@ def train_variants(
 ) -> dict[Any, list[Result]]:
     """Load or train a study's variants, each once a seed; return their Results by name.
 
-    `variants` maps a name to the fields of its Runs that differ from `make_run`'s: "model"
-    (resnet18 if not given), "data" (another Dataset than `dataset`), recipe, width, start and so
-    on; or to a function that returns them for a seed.
+    `variants` maps a name to arguments of `make_run`, "model" (else resnet18) and "data" (else
+    `dataset`) among them, or to a function that returns these for a seed.
     """
 
     def run(given: Settings, seed: int) -> Run:
@@ -58,8 +56,8 @@ def train_all(
 ) -> dict[Run, Result]:
     """Load or train runs, showing progress; return Results by Run.
 
-    Raises what `load_or_train` raises. With several at a time, the longest first, one that fails
-    doesn't stop the others: a RunError at the end names those that failed.
+    With several at a time, the longest first, one that fails doesn't stop the others: a RunError
+    at the end names those that failed.
     """
     study = study or config.study()
     missing = [run for run in dict.fromkeys(runs) if not is_finished(run, study)]
@@ -77,8 +75,8 @@ def is_finished(run: Run, study: Study) -> bool:
 def train_in_processes(runs: Sequence[Run], study: Study) -> None:
     """Train runs several at a time, in processes here or by Ray; RunError names those that failed.
 
-    Ray's get one GPU each, or `study.cores_per_run` CPU cores. It starts on this machine, unless
-    the variable RAY_ADDRESS names a cluster that is running. Raises ImportError without Ray.
+    Ray gives each a GPU or `study.cores_per_run` CPU cores, on this machine or the cluster of the
+    variable RAY_ADDRESS.
     """
     if study.executor == "processes":
         at_once, how = (os.cpu_count() or 1) // study.cores_per_run, {"backend": "loky"}
@@ -99,32 +97,30 @@ def train_in_processes(runs: Sequence[Run], study: Study) -> None:
         # A fresh process for each run on a GPU: a CUDA error would fail the next ones, too.
         how["maxtasksperchild"] = 1 if gpu else None
     with parallel_config(n_jobs=max(1, min(at_once, len(runs))), **how):
-        outcomes = Parallel(batch_size=1)(delayed(_train_in_worker)(run, study) for run in runs)
-    failed = [f"{run.key}: {e}" for run, (e, _) in zip(runs, outcomes, strict=True) if e]
-    for run, (_, files) in zip(runs, outcomes, strict=True):
-        for name in files if not is_finished(run, study) else ():
-            write_atomically(study.runs_dir / run.key / name, files[name])
+        errors = Parallel(batch_size=1)(delayed(_train_in_worker)(run, study) for run in runs)
+    unseen = f"it was trained, but not into {study.runs_dir}: all machines have to share RUNS_DIR"
+    failed = [
+        f"{run.key}: {error or unseen}"
+        for run, error in zip(runs, errors, strict=True)
+        if not is_finished(run, study)
+    ]
     if failed:
         raise RunError("\n".join([f"{len(failed)} of {len(runs)} runs failed:", *failed]))
 
 
-RESULT_FILES = ("run.json", "predictions.npz", "model.safetensors", "history.csv", "result.json")
-
-
-def _train_in_worker(run: Run, study: Study) -> tuple[str, dict[str, bytes]]:
-    """Train one run; return what went wrong and, from another machine, the result's files."""
+def _train_in_worker(run: Run, study: Study) -> str:
+    """Train one run; return what went wrong."""
     if study.device.type == "cuda":  # Ray shows a worker its own GPU only, as number 0
         study = replace(study, device=torch.device("cuda"))
     threads = torch.get_num_threads()
     torch.set_num_threads(study.cores_per_run)
     try:
-        folder = load_or_train(run, study).folder
+        load_or_train(run, study)
+        return ""
     except Exception as error:
-        return f"{type(error).__name__}: {error}", {}
+        return f"{type(error).__name__}: {error}"
     finally:
         torch.set_num_threads(threads)  # with one at a time this is the caller's process
-    names = RESULT_FILES if study.executor == "ray" else ()
-    return "", {name: (folder / name).read_bytes() for name in names}
 
 
 @functools.cache
@@ -155,22 +151,21 @@ def show_progress(runs: Sequence[Run], study: Study, title: str) -> Iterator[Non
     options |= {"total": sum(map(cost, runs)), "initial": _done(runs, study)[0]}
     ended = threading.Event()
 
-    def watch(bar: plain_bar) -> None:
+    def watch() -> None:
         while not ended.wait(1):
             bar.n, news = _done(runs, study)
             bar.set_postfix_str(news)
 
-    with contextlib.ExitStack() as stack:
-        if path:
-            file = stack.enter_context(open(path, "w"))
-            bar = stack.enter_context(plain_bar(file=file, ncols=150, **options))
-        else:
-            bar = stack.enter_context(notebook_or_terminal_bar(**options))
-        watcher = threading.Thread(target=watch, args=[bar], daemon=True)
-        watcher.start()
-        stack.callback(watcher.join)
-        stack.callback(ended.set)  # called before the join
-        yield
+    with open(path or os.devnull, "w") as file:
+        in_file = functools.partial(plain_bar, file=file, ncols=150)
+        with (in_file if path else notebook_or_terminal_bar)(**options) as bar:
+            watcher = threading.Thread(target=watch, daemon=True)
+            watcher.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                watcher.join()
 
 
 def _done(runs: Sequence[Run], study: Study) -> tuple[float, str]:

@@ -147,11 +147,11 @@ def test_several_processes_give_the_results_of_one_and_a_failure_stops_no_other(
     assert differing(alone, load_result(good, study.runs_dir / good.key)) == []
 
 
-def test_ray_trains_each_run_in_a_process_with_one_gpu_and_results_are_brought_here(
+def test_ray_trains_each_run_in_a_process_with_one_gpu_into_a_folder_that_is_shared(
     monkeypatch: pytest.MonkeyPatch, small_study: Study, small_run: MakeRun, tmp_path: Path
 ) -> None:
-    """A stand-in for Ray runs here what it is given, as a machine with folders of its own."""
-    asked, elsewhere, made = [], tmp_path / "machine", [small_run(seed=seed) for seed in range(2)]
+    """A stand-in for Ray runs here what it is given, as another machine would."""
+    asked, place, made = [], small_study.runs_dir, [small_run(seed=seed) for seed in range(2)]
 
     class Backend(SequentialBackend):
         def __init__(self, **options: Any) -> None:
@@ -160,7 +160,7 @@ def test_ray_trains_each_run_in_a_process_with_one_gpu_and_results_are_brought_h
 
     def there(run: Run, study: Study) -> Result:
         assert study.device == torch.device("cuda")  # not the number that it has here
-        return load_or_train(run, replace(small_study, runs_dir=elsewhere))
+        return load_or_train(run, replace(small_study, runs_dir=place))
 
     ray = {name: ModuleType(name) for name in ("ray", "ray.util", "ray.util.joblib")}
     ray["ray"].init, ray["ray"].cluster_resources = (lambda **_: None), (lambda: {"GPU": 2.0})
@@ -170,11 +170,11 @@ def test_ray_trains_each_run_in_a_process_with_one_gpu_and_results_are_brought_h
     monkeypatch.setattr(executors, "load_or_train", there)
     study = replace(small_study, executor="ray", device=torch.device("cuda:1"))
     executors.train_in_processes(made, study)
-    for run in made:
-        for file in (elsewhere / run.key).glob("*.*"):
-            assert (study.runs_dir / run.key / file.name).read_bytes() == file.read_bytes()
-        assert load_result(run, study.runs_dir / run.key).run == run
+    assert all(load_result(run, place / run.key).run == run for run in made)
     assert asked == [{"ray_remote_args": {"num_gpus": 1}, "maxtasksperchild": 1}]
+    place, other = tmp_path / "machine", small_run(seed=2)
+    with pytest.raises(RunError, match=f"{other.key}: it was trained, but .* share RUNS_DIR"):
+        executors.train_in_processes([other], study)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"EXECUTOR is ray: pip install '\.\[ray\]'"):
         executors.train_in_processes(made, study)
