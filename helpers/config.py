@@ -153,10 +153,9 @@ def nvidia_gpu() -> str:
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """Return the device to train on, once it has multiplied two matrices.
+    """Return the device to train on, once it has multiplied two matrices, else ValueError.
 
     "auto" is an NVIDIA GPU if the machine has one, else the CPU; Apple's (mps) was never tried.
-    Raises ValueError, with what to do, for a device that torch can't use.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() or nvidia_gpu() else "cpu"
@@ -165,23 +164,21 @@ def choose_device(wanted: str = "auto") -> torch.device:
         (matrix @ matrix).sum().item()
         return matrix.device
     except (RuntimeError, AssertionError) as error:
-        advice = "use auto, cpu, cuda or mps"
-        if wanted.startswith("cuda"):
-            advice = (
-                f"NVIDIA GPU and driver: {nvidia_gpu() or 'none'}, torch {torch.__version__} for "
-                f"CUDA {torch.version.cuda}. Update the driver, or install a torch for an older "
-                "one: pip install torch torchvision --index-url "
-                f"https://download.pytorch.org/whl/cu126. Else {advice}; DEVICE=cpu always works"
-            )
         reason = str(error).splitlines()[0]
-        raise ValueError(f"DEVICE={wanted!r} can't be used ({reason}); {advice}") from None
+        raise ValueError(
+            f"DEVICE={wanted!r} can't be used ({reason}); use auto, cpu, cuda or mps. DEVICE=cpu "
+            f"always works. NVIDIA GPU and driver: {nvidia_gpu() or 'none'}, torch "
+            f"{torch.__version__} for CUDA {torch.version.cuda}: for cuda update the driver, or "
+            "install a torch for an older one, pip install torch torchvision --index-url "
+            "https://download.pytorch.org/whl/cu126"
+        ) from None
 
 
 @functools.lru_cache(maxsize=1)
 def study() -> Study:
-    """Return the study that the environment asks for (read once a process).
+    """Return the study that the environment asks for (read once a process), else ValueError.
 
-    Raises ValueError for a variable with an unknown value. DATASET is checked with the data.
+    DATASET is checked with the data.
     """
 
     def choice(variable: str, default: str, pattern: str, expected: str) -> str:
@@ -218,7 +215,7 @@ def study() -> Study:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return the number format in which a device multiplies fastest without losing the training.
+    """Return the number format in which a device trains fastest.
 
     CUDA: bfloat16 from compute capability 8.0 on, float16 before (a Colab T4). CPU: bfloat16 where
     the processor has instructions for it (AVX512-BF16 or AMX), else float32, as anywhere else.
@@ -246,7 +243,7 @@ def images_at_once(device: torch.device, height: int, width: int, most: int) -> 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or all of the new, never a part.
 
-    Raises OSError, naming the file and the remedy, if it can't be written; the old content stays.
+    If it can't be written the old content stays: OSError, with the remedy.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

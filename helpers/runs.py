@@ -95,10 +95,9 @@ class Run:
 
     @model_validator(mode="after")
     def _fits(self) -> Run:
-        if self.recipe.batch_size > (self.train_size or self.recipe.batch_size):
-            raise ValueError(
-                f"batch_size is {self.recipe.batch_size}; expected at most {self.train_size}"
-            )
+        batch, most = self.recipe.batch_size, self.train_size
+        if most is not None and batch > most:
+            raise ValueError(f"batch_size is {batch}; expected at most {most}")
         if self.image_size is not None and self.model != "simple_cnn":
             check_stem(self.stem, self.image_size)
         if self.start is not None:
@@ -129,14 +128,13 @@ class Run:
     def build(self, num_classes: int, image_size: int) -> nn.Module:
         """Return the untrained network, its weights drawn from the run's seed alone."""
         options = {n: getattr(self, n) for n in ("width", "stem", "residual", "dropout")}
+        options |= {"num_classes": num_classes, "image_size": image_size}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return build_model(
-                self.model, num_classes=num_classes, image_size=image_size, **options
-            )
+            return build_model(self.model, **options)
 
     def load_data(self, data_dir: Path | str) -> Dataset:
-        """Return the run's dataset; raise RunError if it isn't the one the run was made for."""
+        """Return the run's dataset; RunError if it isn't the one the run was made for."""
         sizes = {f"{split}_size": getattr(self, f"{split}_size") for split in SPLITS}
         dataset = load_dataset(self.dataset, image_size=self.image_size, data_dir=data_dir, **sizes)
         if dataset.fingerprint != self.fingerprint:
@@ -164,29 +162,18 @@ def check_source(run: Run, start: Transfer | Pruning) -> None:
 
 
 def make_run(study: Study, dataset: Dataset, model: str, *, seed: int, **changes: Any) -> Run:
-    """Return the Run of a model on a dataset in a study: the profile's width and epochs.
+    """Return the Run of a model on a dataset with the profile's width, epochs and recipe.
 
-    So is the recipe, its batch capped by the profile's and by the training images there are.
-    `changes` replaces fields of the Run.
+    `changes` replaces fields of the Run; the recipe's batch is capped by the profile's and by the
+    training images there are.
     """
-    profile = study.profile
-    recipe = changes.pop("recipe", RECIPES[profile.recipe])
-    batch_size = min(recipe.batch_size, profile.batch_size, len(dataset.train))
-    fields = {
-        "epochs": profile.epochs,
-        "width": profile.width,
-        "image_size": dataset.image_size,
-        **{f"{split}_size": len(getattr(dataset, split)) for split in SPLITS},
-        **changes,
-    }
-    return Run(
-        dataset=dataset.name,
-        fingerprint=dataset.fingerprint,
-        model=model,
-        recipe=replace(recipe, batch_size=batch_size),
-        seed=seed,
-        **fields,
-    )
+    fields = {name: getattr(dataset, name) for name in ("fingerprint", "image_size")}
+    fields |= {f"{split}_size": len(getattr(dataset, split)) for split in SPLITS}
+    fields |= {name: getattr(study.profile, name) for name in ("width", "epochs")} | changes
+    recipe = fields.pop("recipe", RECIPES[study.profile.recipe])
+    most = min(study.profile.batch_size, len(dataset.train))
+    recipe = replace(recipe, batch_size=min(recipe.batch_size, most))
+    return Run(dataset=dataset.name, model=model, recipe=recipe, seed=seed, **fields)
 
 
 class RunError(RuntimeError):
@@ -236,10 +223,9 @@ class Result:
 
 def machine(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str]:
     """Return what a result depends on apart from the Run: device, number format and versions."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = found[1] if found else name
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", about.read_text() if about.exists() else "")
+    name = found[1] if found else platform.processor() or platform.machine()
     name = f"{name}, {torch.get_num_threads()} threads"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
@@ -250,10 +236,9 @@ def machine(device: torch.device, dtype: torch.dtype | None = None) -> dict[str,
 
 
 def load_result(run: Run, folder: Path) -> Result:
-    """Read a finished run. Every file is checked against its SHA-256.
+    """Read a finished run, each file checked against its SHA-256.
 
-    Raises FileNotFoundError for a run that isn't finished, and RunError, naming the file and the
-    remedy, for one that is damaged.
+    Raises FileNotFoundError for a run that isn't finished, and RunError for one that is damaged.
     """
     if not (folder / "result.json").exists():
         raise FileNotFoundError(f"there is no finished run in {folder}")
@@ -265,8 +250,8 @@ def load_result(run: Run, folder: Path) -> Result:
         arrays = np.load(folder / "predictions.npz", allow_pickle=False)
         history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
         summary["classes"] = tuple(summary["classes"])
-        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        return Result(run=run, folder=folder, history=history, **summary, **tensors)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return Result(run, folder, history, **summary, **tensors)
     except Exception as error:  # damaged JSON or arrays raise nearly anything
         advice = "Delete the folder to train this run again."
         raise RunError(f"the result in {folder} is damaged ({error}). {advice}") from None
@@ -281,9 +266,9 @@ def load_or_train(
 ) -> Result:
     """Return a run's Result: stored if it's there and whole, resumed or trained otherwise.
 
-    Two processes that ask for the same run share it: one trains, the other waits and loads (a
-    lock of the operating system, which dies with its process). Raises RunError for a damaged run,
-    and what `training.train` raises.
+    Of two processes that ask for the same run, one trains, the other waits and loads (a lock of
+    the operating system, which dies with its process). Raises RunError for a damaged run, and what
+    `training.train` raises.
     """
     study = study or config.study()
     folder = study.runs_dir / run.key
@@ -301,18 +286,10 @@ def _train(run: Run, study: Study, folder: Path, **options: Any) -> None:
     for unfinished in folder.glob(".*.tmp"):  # of a process that was killed while writing
         unfinished.unlink()
     dataset = run.load_data(study.data_dir)
-    trained = train(
-        _starting_network(run, dataset, study),
-        dataset,
-        run.recipe,
-        epochs=run.epochs,
-        seed=run.seed,
-        patience=run.patience,
-        rate_factor=getattr(run.start, "rate_factor", 1.0),
-        device=study.device,
-        folder=folder,
-        **options,
-    )
+    network = _starting_network(run, dataset, study)
+    options |= {name: getattr(run, name) for name in ("epochs", "seed", "patience")}
+    options |= {"rate_factor": getattr(run.start, "rate_factor", 1.0), "device": study.device}
+    trained = train(network, dataset, run.recipe, folder=folder, **options)
     finetuning.make_permanent(trained.model)
     scores, arrays, predictions = {}, {}, io.BytesIO()
     for name in SPLITS:
@@ -344,10 +321,7 @@ def _train(run: Run, study: Study, folder: Path, **options: Any) -> None:
 
 
 def _starting_network(run: Run, dataset: Dataset, study: Study) -> nn.Module:
-    """Return the network that a run trains: random, transferred or pruned.
-
-    The run that it starts from is loaded, or trained first.
-    """
+    """Return the network that a run trains; the run that it starts from may be trained first."""
     model, start = run.build(len(dataset.classes), dataset.image_size), run.start
     if isinstance(start, Transfer):
         if start.source == IMAGENET:
