@@ -5,12 +5,10 @@ a few occluders in front of it, then blur and pixel noise. Only the outline tell
 pixels that show the object are known exactly, which is what judging a heatmap needs.
 
 A scene is described in units of the image side and painted on a canvas at least twice as fine as
-the image, which is then averaged down: edges are anti-aliased, and the same seed gives the same
-scene at every image size.
+the image, which is then averaged down: the same seed gives the same scene at every image size.
 
-An optional mark in a corner encodes the class without fail. A network trained with it can ignore
-the object, which is a shortcut (Geirhos et al., 2020, "Shortcut learning in deep neural
-networks") planted on purpose: an explanation method should expose it.
+An optional mark in a corner encodes the class without fail: a shortcut (Geirhos et al., 2020,
+"Shortcut learning in deep neural networks") planted on purpose, which an explanation should expose.
 """
 
 from __future__ import annotations
@@ -22,10 +20,11 @@ import numpy as np
 
 _NAMES = "circle ring triangle square star cross heart crescent arrow hexagon"
 CLASSES = tuple(_NAMES.split())
+CORNERS = {"circle": 64, "ring": 64, "triangle": 3, "star": 10, "hexagon": 6}
 
 # Difficulty. Lengths are fractions of the image side, colours are in grey levels (0 to 255).
-# Objects are lighter than the ground and roughly upright: with either sign of contrast and any
-# rotation, a few thousand images teach a small network little within ten epochs.
+# Objects are lighter than the ground and roughly upright: else a few thousand images teach a small
+# network little within ten epochs.
 OBJECT_DIAMETER = (0.5, 0.8)
 OBJECT_STRETCH = 1.15  # largest ratio between the two axes
 OBJECT_OVERHANG = 0.1  # part of the radius that may lie outside the image
@@ -67,12 +66,10 @@ class Drawing:
 def draw(labels: np.ndarray, *, image_size: int = 32, seed: int, mark: bool = False) -> Drawing:
     """Draw one image for each label (N positions in `CLASSES`), `image_size` pixels a side.
 
-    Image i depends only on the seed (from 0), i, its label, the image size and `mark`: it has a
-    random generator of its own, so a longer set begins with the images of a shorter one. Sets that
-    must not overlap (training and test) need different seeds. `mark` also paints the corner mark
-    that gives the class away; all other pixels stay the same.
-
-    Raises ValueError for labels that aren't 0 to 9, or an image size that isn't 16 to 4096.
+    Image i depends only on the seed (from 0), i, its label, the image size and `mark`: a longer set
+    begins with the images of a shorter one, and sets that must not overlap (training and test) need
+    different seeds. `mark` also paints the corner mark that gives the class away; all other pixels
+    stay the same.
     """
     if not np.isin(labels, range(len(CLASSES))).all():
         raise ValueError(f"labels are {labels}; expected whole numbers from 0 to 9")
@@ -146,17 +143,13 @@ def _outline(name: str, proportions: np.ndarray) -> list[np.ndarray]:
     The three proportions, each from 0 to 1, vary what may vary within the class.
     """
     first, second, third = proportions
-    corners = {"circle": 64, "triangle": 3, "hexagon": 6}
-    if name in corners:
-        return [_regular(corners[name])]
-    if name == "ring":
-        return [_regular(64), _regular(64) * (0.45 + 0.23 * first)]
+    if name in CORNERS:
+        points = _regular(CORNERS[name])
+        if name == "star":
+            points[1::2] *= 0.4 + 0.12 * first
+        return [points, points * (0.45 + 0.23 * first)] if name == "ring" else [points]
     if name == "square":
         return [_rotated(_regular(4), np.pi / 4)]
-    if name == "star":
-        points = _regular(10)
-        points[1::2] *= 0.4 + 0.12 * first
-        return [points]
     if name == "cross":
         arm = 0.2 + 0.14 * first
         corner = np.array([(1, arm), (arm, arm), (arm, 1)])
@@ -213,18 +206,15 @@ def _texture(rng: np.random.Generator, colour: np.ndarray, side: int) -> np.ndar
     cells = (TEXTURE_SIDE, TEXTURE_SIDE)
     shading, grain, stripes = rng.uniform(*TEXTURE_AMPLITUDE, size=3)
     coarse = rng.standard_normal((4, 4, 3), dtype=np.float32) * np.float32(shading)
-    field = cv2.resize(coarse, cells, interpolation=cv2.INTER_CUBIC)
     fine = rng.standard_normal((16, 16), dtype=np.float32) * np.float32(grain)
-    grey = cv2.resize(fine, cells, interpolation=cv2.INTER_CUBIC)
+    field, grey = (cv2.resize(x, cells, interpolation=cv2.INTER_CUBIC) for x in (coarse, fine))
     wave = rng.uniform(-1, 1, size=2) * 2 * np.pi * rng.uniform(2, 8)
     phase = rng.uniform(0, 2 * np.pi)
     if rng.random() < 0.5:
         along = np.linspace(0, 1, TEXTURE_SIDE)
         ramp = (wave[0] * along)[:, None] + (wave[1] * along + phase)[None]
         grey += np.sin(ramp, dtype=np.float32) * np.float32(stripes)
-    field += grey[:, :, None]
-    field += colour.astype(np.float32)
-    small = np.clip(field, 0, 255).astype(np.uint8)
+    small = np.clip(field + grey[:, :, None] + colour.astype(np.float32), 0, 255).astype(np.uint8)
     return cv2.resize(small, (side, side), interpolation=cv2.INTER_CUBIC)
 
 
@@ -232,8 +222,7 @@ def _paint_clutter(
     rng: np.random.Generator, place: np.ndarray, size: float, *canvases: tuple[np.ndarray, list]
 ) -> None:
     """Paint one line, arc, blob or splinter at a place, on each canvas in its colour."""
-    side = len(canvases[0][0])
-    kind = rng.integers(4)
+    side, kind = len(canvases[0][0]), rng.integers(4)
     angle = rng.uniform(0, 2 * np.pi)
     length = size * rng.uniform(0.12, 0.5)
     thickness = max(1, round(size * rng.uniform(0.02, 0.06) * side))
