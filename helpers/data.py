@@ -163,9 +163,6 @@ def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
     np.savez(content, **arrays)
     with contextlib.suppress(OSError):
         write_atomically(path, content.getbuffer())
-        for partial in path.parent.glob(".*.tmp"):  # a day old: its process was killed
-            if partial.stat().st_mtime < path.stat().st_mtime - 86_400:
-                partial.unlink()
     return arrays
 
 

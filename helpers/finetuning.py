@@ -2,14 +2,12 @@
 
 `transfer` takes over the weights of a trained network but for its last layer. Pruning takes away
 what counts least: `prune_weights` sets single weights to zero, `prune_channels` removes whole
-channels, so that the network really shrinks. `weights_file` and `load_weights` store any of them.
+channels, so that the network really shrinks.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -27,14 +25,12 @@ IMAGENET = "IMAGENET1K_V1"
 def imagenet_weights(model: str, folder: Path) -> dict[str, Tensor]:
     """Return torchvision's ImageNet weights of a ResNet: from `folder`, or downloaded into it.
 
-    Raises FileNotFoundError, naming the file, if it's neither there nor can be fetched.
+    Raises FileNotFoundError if the file is neither there nor can be fetched.
     """
     weights = get_model_weights(model)[IMAGENET]
-    try:  # torch announces a download, on stdout or stderr according to its version
-        with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
-            return weights.get_state_dict(
-                model_dir=str(folder), progress=False, check_hash=True, weights_only=True
-            )
+    how = {"progress": False, "check_hash": True, "weights_only": True}
+    try:
+        return weights.get_state_dict(model_dir=str(folder), **how)
     except Exception as error:
         raise FileNotFoundError(
             f"{weights.url.rsplit('/', 1)[-1]}, ImageNet weights of {model}, isn't in {folder} and "
@@ -101,8 +97,8 @@ def prune_channels(model: nn.Module, sparsity: float, image_size: int) -> None:
 
 def weights_file(model: nn.Module) -> bytes:
     """Return a network's weights as the content of a safetensors file."""
-    weights = model.state_dict()
-    return save_safetensors({name: w.detach().cpu().contiguous() for name, w in weights.items()})
+    weights = model.state_dict().items()
+    return save_safetensors({name: w.detach().cpu().contiguous() for name, w in weights})
 
 
 def load_weights(model: nn.Module, content: bytes) -> None:

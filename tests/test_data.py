@@ -328,15 +328,6 @@ def test_arrays_are_cached_checked_and_made_again(tmp_path: Path) -> None:
     find()
 
 
-def test_what_a_killed_process_left_is_swept_after_a_day(tmp_path: Path) -> None:
-    path, old, new = tmp_path / "arrays.npz", tmp_path / ".a.npz.1.tmp", tmp_path / ".b.npz.2.tmp"
-    for left, age in ((old, 90_000), (new, 3600)):
-        left.write_bytes(b"part")
-        os.utime(left, (left.stat().st_mtime - age,) * 2)
-    cached(path, lambda: {"a": np.zeros(3)})
-    assert set(tmp_path.iterdir()) == {path, new}
-
-
 def test_drawn_splits_are_kept_for_the_program_that_drew_them(
     load: Callable[..., Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
