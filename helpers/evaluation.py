@@ -37,8 +37,7 @@ def predict(
 ) -> Tensor:
     """Return the logits N x K (float32, on the CPU) of all images of a split, in its order.
 
-    The model is in evaluation mode for the time of the call. With a `dtype` below float32 the
-    forward pass runs under autocast.
+    With a `dtype` below float32 the forward pass runs under autocast.
     """
     device = next(model.parameters()).device
     at_once = images_at_once(device, *split.images.shape[-2:], BATCH)
@@ -57,14 +56,15 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     `logits` is N x K, `labels` N. All but the loss (nats) lie in [0, 1]. A class that is never
     predicted counts with precision 0.
     """
-    predicted, classes = logits.argmax(1), range(logits.shape[1])
-    *macro, _ = precision_recall_fscore_support(
-        labels.numpy(), predicted.numpy(), labels=classes, average="macro", zero_division=0
-    )
+    predicted = logits.argmax(1)
+    how = {"labels": range(logits.shape[1]), "average": "macro", "zero_division": 0}
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, **how)
     return {
         "accuracy": float((predicted == labels).double().mean()),
         "loss": float(F.cross_entropy(logits.double(), labels)),
-        **dict(zip(("precision", "recall", "f1"), map(float, macro), strict=True)),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
         "calibration_error": expected_calibration_error(logits, labels),
     }
 
@@ -124,10 +124,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     def slope(inverse: float) -> float:
         return float((((inverse * logits).softmax(1) * logits).sum(1) - true).mean())
 
-    low, high = 1 / 20, 1 / 0.05
-    if slope(low) >= 0:
-        return 1 / low
-    return 1 / (high if slope(high) <= 0 else optimize.brentq(slope, low, high))
+    if slope(1 / 20) >= 0:
+        return 20.0
+    return 0.05 if slope(1 / 0.05) <= 0 else 1 / optimize.brentq(slope, 1 / 20, 1 / 0.05)
 
 
 @dataclass(frozen=True)
@@ -174,11 +173,8 @@ def seeds_intervals(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
     Seeds are a sample of a few. Their variance is therefore pooled over all configurations given,
     which have to be alike, and the interval is Student's t. Test images are a sample, too: the
     variance of the mean is (MS_seeds + MS_images - MS_residual) / (seeds x images), with the mean
-    squares of a two-way analysis of variance and Satterthwaite's (1946) degrees of freedom. A
-    single seed tells nothing about others: with none to pool, its interval is that of the images
-    alone. `n` counts the seeds.
-
-    Raises ValueError unless every array is a non-empty table of finite numbers.
+    squares of a two-way analysis of variance and Satterthwaite's (1946) degrees of freedom. With
+    single seeds the interval is that of the images alone. `n` counts the seeds.
     """
     tables = {name: np.asarray(table, dtype=np.float64) for name, table in values.items()}
     tables = {name: t[:, None] if t.ndim == 1 else t for name, t in tables.items()}
@@ -189,7 +185,7 @@ def seeds_intervals(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
     squares = sum(((t.mean(1) - t.mean()) ** 2).sum() for t in tables.values())
     intervals = {}
     for name, table in tables.items():
-        (seeds, images), mean = table.shape, table.mean()
+        (seeds, images), mean = table.shape, float(table.mean())
         residuals = table - table.mean(1, keepdims=True) - table.mean(0) + mean
         residual = (residuals**2).sum() / max((seeds - 1) * (images - 1), 1) / table.size
         by_image = ((table.mean(0) - mean) ** 2).sum() / max(images - 1, 1) / images
@@ -198,7 +194,7 @@ def seeds_intervals(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
         parts = by_seed**2 / max(freedom, 1) + by_image**2 / max(images - 1, 1)
         reach = stats.t.ppf((1 + LEVEL) / 2, variance**2 / parts) if parts else 0.0
         half = float(reach * np.sqrt(variance))
-        intervals[name] = Interval(float(mean), float(mean - half), float(mean + half), seeds)
+        intervals[name] = Interval(mean, mean - half, mean + half, seeds)
     return intervals
 
 
@@ -240,28 +236,22 @@ def verdict(
     for name, e in effects.items():
         mean, low, high = map(written, (e.mean, e.low, e.high))
         parts.append(f"{name} {mean} {unit}".strip() + f" [{low}, {high}]")
+    word = "not decided"
     if not trained_out:
         word = "budget too small"
     elif all(e.low >= smallest for e in effects.values()):
         word = "holds"
     elif any(e.high < smallest for e in effects.values()):
         word = "does not hold"
-    else:
-        word = "not decided"
     return Verdict(claim, word, "; ".join(parts))
 
 
 def multiply_adds(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
-    """Return the multiply-adds of an image's forward pass in convolutions and linear layers.
-
-    They are half of what torch's FLOP counter counts.
-    """
-    first = next(model.parameters())
-    image = torch.zeros(1, in_channels, image_size, image_size, device=first.device)
-    counter = FlopCounterMode(display=False)
-    with undisturbed(model), counter:
-        model(image)
-    return counter.get_total_flops() // 2
+    """Return the multiply-adds of an image's forward pass in convolutions and linear layers."""
+    device = next(model.parameters()).device
+    with undisturbed(model), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, in_channels, image_size, image_size, device=device))
+    return counter.get_total_flops() // 2  # a multiply-add counts as two there
 
 
 def measure(call: Callable[[], object], *, repeats: int = 7, device: torch.device) -> float:
@@ -278,9 +268,8 @@ def measure(call: Callable[[], object], *, repeats: int = 7, device: torch.devic
 
 def latency(model: nn.Module, image_size: int, batch_size: int = 1, repeats: int = 7) -> float:
     """Return the seconds of a batch's forward pass in float32, on the model's device."""
-    device = next(model.parameters()).device
-    images = torch.ones(batch_size, 3, image_size, image_size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    device, sides = next(model.parameters()).device, (image_size, image_size)
+    images = torch.ones(batch_size, 3, *sides).to(device, memory_format=torch.channels_last)
     with undisturbed(model), torch.inference_mode():
         return measure(lambda: model(images), repeats=repeats, device=device)
 
