@@ -1,8 +1,8 @@
 """The study's figures: a few general functions, each of which returns a matplotlib Figure.
 
 They take values by panel's title, then by name. A network has the same colour in every figure,
-other names have theirs by their place. What is uncertain comes as an `Interval`; with `percent`
-shares are shown times 100. What is drawn only once is drawn in its notebook.
+other names have theirs by their place. With `percent` shares are shown times 100. What is drawn
+only once is drawn in its notebook.
 """
 
 from __future__ import annotations
@@ -46,10 +46,7 @@ def use_style() -> None:
 
 
 def save_figure(figure: Figure, study: Study, name: str) -> Path:
-    """Write a figure as PNG into the study's set and return its path.
-
-    Photographs in a grid make large files; above 300 kB the resolution is lowered until it fits.
-    """
+    """Write a figure as PNG into the study's set, in lower resolution if it is large."""
     path = study.figures_dir / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     for dpi in (110, 93, 79, 67, 57, 48, 41):
@@ -123,8 +120,7 @@ def intervals(
     """Show means as points with their 95 % intervals as whiskers, a panel a title, a row a name.
 
     `values` is {title: {name: Interval}} or {title: {name: {group: Interval}}}, where groups are
-    colours ("control" is grey). `label` says what is measured, in which unit. `reference` is a
-    value at which a dashed line is drawn.
+    colours ("control" is grey). `reference` is a value at which a dashed line is drawn.
     """
     grouped = {
         title: {n: {"": v} if isinstance(v, Interval) else v for n, v in rows.items()}
@@ -204,7 +200,6 @@ def curves(
     log_x: bool = False,
     log_y: bool = False,
     marks: Mapping[str, Mapping[str, Any]] | None = None,
-    columns: int = 3,
     share_y: bool = True,
 ) -> Figure:
     """Show curves, {title: {line: [one Series a seed, its index is x]}}, a panel a title.
@@ -212,9 +207,10 @@ def curves(
     Thin lines are seeds, thick ones their mean as far as all seeds got (over x, too, if seeds
     differ in it). `marks[title]` maps labels (or "") to x, or several, of vertical dashed lines.
     """
-    styles = _styles(values.values())
-    width = 6.5 if len(values) == 1 else 8.8 / min(columns, len(values), 3)
-    figure, axes_list = panels(len(values), columns, width, 3.0 if len(values) <= 2 else 2.4)
+    styles, count = _styles(values.values()), len(values)
+    columns = 2 if count in (2, 4) else min(count, 3)
+    width = 6.5 if count == 1 else 8.8 / columns
+    figure, axes_list = panels(count, columns, width, 3.0 if count <= 2 else 2.4)
     for axes, (title, lines) in zip(axes_list, values.items(), strict=True):
         axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
         for name, seeds in lines.items():
@@ -236,10 +232,7 @@ def curves(
 
 
 def matrix(tables: Mapping[str, pd.DataFrame], *, xlabel: str, ylabel: str) -> Figure:
-    """Show tables of shares, {title: DataFrame}, as heatmaps in per cent with one scale.
-
-    Names and numbers are written if there are 20 rows and columns at most.
-    """
+    """Show tables of shares, {title: DataFrame}, as heatmaps in per cent with one scale."""
     tables = {title: 100 * table for title, table in tables.items()}
     height, width = next(iter(tables.values())).shape
     few, digits = max(height, width) <= 20, 1 if width <= 5 else 0
@@ -308,25 +301,14 @@ def enlarge(image: Picture, side: int = 128) -> np.ndarray:
 def overlay(image: Picture, heat: Picture, alpha: float = 0.5) -> np.ndarray:
     """The map in viridis over the image, uint8 RGB H x W x 3; `alpha` is the share of the map.
 
-    The image is H x W x 3 or 3 x H x W, uint8 or in [0, 1]; the map H x W (enlarged to the image),
-    in [0, 1]. Raises ValueError for anything else.
+    The image is H x W x 3 or a tensor 3 x H x W, uint8; the map (enlarged to the image) in [0, 1].
     """
-    picture, heat = _within_one(image, "an image"), _within_one(heat, "a map")
-    if picture.ndim == 3 and picture.shape[2] != 3:
-        picture = picture.transpose(1, 2, 0)
-    if picture.ndim != 3 or picture.shape[2] != 3 or heat.ndim != 2 or not 0 <= alpha <= 1:
-        found = f"{np.shape(image)}, {np.shape(heat)} and {alpha}"
-        raise ValueError(f"expected H x W x 3, a map H x W and alpha in [0, 1]; got {found}.")
-    heat = cv2.resize(heat, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    levels, picture = (np.rint(255 * x).astype(np.uint8, order="C") for x in (heat, picture))
+    picture, heat = to_rgb(image), np.asarray(heat.cpu() if isinstance(heat, Tensor) else heat)
+    within = heat.ndim == 2 and heat.min() >= 0 and heat.max() <= 1 and 0 <= alpha <= 1
+    if not within or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        found = f"{picture.dtype} {picture.shape}, a map {heat.shape} and alpha {alpha}"
+        raise ValueError(f"expected uint8 H x W x 3, a map and alpha in [0, 1]; got {found}.")
+    heat = cv2.resize(heat.astype(np.float32), picture.shape[1::-1])
+    levels = np.rint(255 * heat).astype(np.uint8)
     colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
     return cv2.addWeighted(colours, alpha, picture, 1 - alpha, 0)
-
-
-def _within_one(values, what):
-    array = values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
-    array = (array / 255 if array.dtype == np.uint8 else array).astype(np.float32)
-    if not (array.size and array.min() >= -1e-6 and array.max() <= 1 + 1e-6):  # also catches NaN
-        remedy = "undo the normalisation of an image, pass a map with normalise=True"
-        raise ValueError(f"{what} must be uint8 or lie in [0, 1]: {remedy}.")
-    return array.clip(0, 1)

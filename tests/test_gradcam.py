@@ -722,13 +722,7 @@ def test_colours_are_viridis_in_the_order_red_green_blue():
 def test_pictures_accept_every_layout():
     image = picture()
     expected = overlay(image, HEAT)
-    as_float = image / np.float32(255)
-    for variant in (
-        image.transpose(2, 0, 1),
-        torch.from_numpy(image),
-        as_float.astype(np.float64),
-        torch.from_numpy(as_float.transpose(2, 0, 1).copy()),
-    ):
+    for variant in (image, torch.from_numpy(image).permute(2, 0, 1)):
         for heat in (HEAT, torch.from_numpy(HEAT), HEAT.astype(np.float64)):
             assert np.array_equal(overlay(variant, heat), expected)
     assert overlay(image, HEAT[::4, ::4]).shape == image.shape  # the map is enlarged
@@ -739,12 +733,12 @@ def test_pictures_accept_every_layout():
     [
         (picture()[:, :, 0], HEAT),
         (picture().astype(np.int64), HEAT),
-        (picture() / 255 - 0.5, HEAT),
-        (np.full((12, 20, 3), np.nan), HEAT),
+        (picture() / 255, HEAT),
+        (picture(), HEAT * np.nan),
         (picture(), HEAT * 2),
         (picture(), HEAT[None]),
     ],
 )
 def test_wrong_pictures(image, heat):
-    with pytest.raises(ValueError, match=r"expected H x W x 3|must be uint8 or lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match="expected uint8 H x W x 3, a map and alpha"):
         overlay(image, heat)
