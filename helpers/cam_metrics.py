@@ -1,11 +1,10 @@
 """How well placed, how faithful and how steady class activation maps are.
 
 Maps are tensors N x H x W, non-negative, at image size; masks are bool tensors of that shape;
-images are N x 3 x H x W, normalised as the model wants them. Every metric returns `Scores`: one
-value for each image, and counts of what could not be scored. An all-zero map points nowhere and
-an empty mask can't be hit: both are left out of the mean and counted, never taken for hits.
-`compare` always adds the controls of `control_maps`: a method says something only where it beats
-random, centred, edge and uniform maps.
+images are N x 3 x H x W, normalised as the model wants them. Every metric returns `Scores`: an
+all-zero map points nowhere and an empty mask can't be hit, so both are left out of the mean and
+counted. A method says something only where it beats the random, centred, edge and uniform maps
+that `compare` adds as controls.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class Mosaics:
 def mosaics(images: Tensor, labels: Tensor, grid: tuple[int, int], count: int) -> Mosaics:
     """Draw `count` mosaics of rows x columns images, no class twice (Böhle et al., CVPR 2021).
 
-    Pass images that the network classifies correctly. Raises ValueError for too few classes.
+    Pass images that the network classifies correctly.
     """
     rows, columns = grid
     classes = labels.unique()
@@ -132,13 +131,13 @@ def insertion_deletion(
     maps, _ = _check(maps)
     order = removal_order(maps, seed=0)[:, None]
     ends = [round(step / STEPS * order[0].numel()) for step in range(STEPS + 1)]
-    areas = []
-    blurred = gaussian_blur(images, 11, 5.0)
-    for start, finish in ((blurred, images), (images, torch.zeros_like(images))):
+
+    def area(start: Tensor, finish: Tensor) -> Scores:
         changed = (torch.where(order < end, finish, start) for end in ends)
         curve = torch.stack([_probabilities(model, x, targets) for x in changed], 1)
-        areas.append(_scores(((curve[:, 1:] + curve[:, :-1]) / 2).mean(1), maps))
-    return areas[0], areas[1]
+        return _scores(((curve[:, 1:] + curve[:, :-1]) / 2).mean(1), maps)
+
+    return area(gaussian_blur(images, 11, 5.0), images), area(images, torch.zeros_like(images))
 
 
 def drop_and_increase(
@@ -192,7 +191,7 @@ def impute(images: Tensor, removed: Tensor) -> Tensor:
 
     Each becomes the weighted mean of its eight neighbours, removed ones included: 1/6 beside, above
     and below, 1/12 diagonally, scaled at the border to a sum of 1 (Rong et al., ICML 2022, section
-    4), which is a sparse linear system. Raises ValueError where nothing is left.
+    4), which is a sparse linear system.
     """
     if removed.flatten(1).all(1).any():
         raise ValueError("all pixels of an image are removed; leave some to fill in from.")
@@ -261,13 +260,10 @@ def parameter_randomisation(
 
     The model's children that have parameters are initialised afresh, the last first, and stay so
     (cascading; Adebayo et al., NeurIPS 2018): a map that explains the network must change.
-    `explain` gets a copy of the model and returns maps. Returns scores by the part randomised last;
-    ValueError for parts that have no reset_parameters().
+    `explain` gets a copy of the model and returns maps. Returns scores by the part randomised last.
     """
-    original = explain(model)
-    network = copy.deepcopy(model)
+    original, network, scores = explain(model), copy.deepcopy(model), {}
     parts = [(name, part) for name, part in network.named_children() if [*part.parameters()]]
-    scores = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, part in reversed(parts):
@@ -322,11 +318,11 @@ def compare(
     controls = control_maps(images, layer_size=layer_size)
     if clash := controls.keys() & maps.keys():
         raise ValueError(f"methods named like controls: {', '.join(sorted(clash))}; rename them.")
-    rows = []
-    for method, tensor in {**maps, **controls}.items():
-        for metric, scores in measure(tensor).items():
-            mean = pd.Series(scores.values).mean()
-            rows.append((method, method in controls, metric, mean, scores))
+    rows = [
+        (method, method in controls, metric, pd.Series(scores.values).mean(), scores)
+        for method, tensor in {**maps, **controls}.items()
+        for metric, scores in measure(tensor).items()
+    ]
     return pd.DataFrame(rows, columns=["method", "control", "metric", "mean", "scores"])
 
 

@@ -8,9 +8,9 @@ Grad-CAM (Selvaraju et al., ICCV 2017) takes four steps:
 4. add the channels up with these weights and keep what speaks for the class:
    map = ReLU(sum_c w_c A_c).
 
-The other methods change steps 3 and 4 only. Each is a rule of a few lines; to add one, write a
-function and an entry, `METHODS["my-cam"] = Method(my_rule)`. The cost is about one forward pass: a
-hook makes the layer's output a leaf of the autograd graph, so that only what follows is recorded.
+The other methods change steps 3 and 4 only, each by a rule of a few lines; `METHODS["my-cam"] =
+Method(my_rule)` adds one. The cost is about one forward pass: a hook makes the layer's output a
+leaf of the autograd graph, so that only what follows is recorded.
 """
 
 from __future__ import annotations
@@ -157,15 +157,12 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, eq=False)
 class CamResult:
-    """Maps and what they explain; maps and all_zero are dicts by layer if `layers` was a list.
-
-    A map without any positive value is all zeros: it says nothing and should be counted apart.
-    """
+    """Maps and what they explain; maps and all_zero are dicts by layer if `layers` was a list."""
 
     maps: Tensor | dict[str, Tensor]  # N x H x W, at least float32; N x K x H x W for "all"
     logits: Tensor | None  # the model's output, N x K; None if it is no tensor
     targets: Tensor | None  # the class explained, int64 (N,); None for "all" and functions
-    all_zero: Tensor | dict[str, Tensor]  # bool (N,), (N, K) for "all"
+    all_zero: Tensor | dict[str, Tensor]  # maps that say nothing: bool (N,), (N, K) for "all"
 
 
 def cam(
@@ -179,7 +176,7 @@ def cam(
     normalise: bool = True,
     reshape: Callable[[Tensor], Tensor] | None = None,
 ) -> CamResult:
-    """Class activation maps of a batch of images, in evaluation mode.
+    """Class activation maps of a batch of images, in evaluation mode; ValueError for bad input.
 
     images: N x 3 x H x W or 3 x H x W, floating point, normalised as in training.
     target: None for the predicted class; a class, or a list or tensor with one for each image;
@@ -193,9 +190,6 @@ def cam(
         in a Swin: `lambda a: a.permute(0, 3, 1, 2)`. Tokens, as in a ViT with 14 x 14 patches, at
         `ln_1` of its last block (what follows depends on the class token alone):
         `lambda a: a[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)`.
-
-    Raises ValueError for anything else, for a layer whose maps can't be of these images, and for
-    NaN or infinity in images, logits or maps.
     """
     for what, given, known in (("method", method, METHODS), ("size", size, ("input", "layer"))):
         if given not in known:
@@ -342,13 +336,12 @@ def _wide(tensor):
 def _layer_name(model, layer):
     if layer is None:
         return default_layer(model)
+    names = dict(model.named_modules(remove_duplicate=False))
     if isinstance(layer, nn.Module):
-        layer = next((name for name, m in model.named_modules() if m is layer), type(layer))
-    try:
-        model.get_submodule(layer)
-    except AttributeError:
+        layer = next((name for name, module in names.items() if module is layer), type(layer))
+    if layer not in names:
         parts = ", ".join(dict(model.named_children()))
-        raise ValueError(f"{layer!r} is no layer of this model, made of {parts}.") from None
+        raise ValueError(f"{layer!r} is no layer of this model, made of {parts}.")
     return layer
 
 
