@@ -46,29 +46,13 @@ class Method:
 
     - "gradients": `rule(A, G)`, G the gradients of the score (as A), returns maps N x h x w;
     - "activations": `rule(A)`, blind to the class, returns maps N x h x w;
-    - "scores": `rule(A, probe)`, see `Probe`, returns a weight for each channel and each of the T
-      explained scores, N x C x T; the map is the sum of the channels under these weights.
+    - "scores": `rule(A, images, ask)` returns a weight for each channel and each of the T explained
+      scores, N x C x T; the map is the sum of the channels under these weights. `ask(i, versions)`
+      gives the scores, M x T, of M versions of image i.
     """
 
     rule: Callable[..., Tensor]
     uses: str = "gradients"
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Asks the network for scores of its images (N x 3 x H x W) when parts of them are hidden."""
-
-    model: nn.Module
-    images: Tensor
-    target: Target
-
-    def masked(self, index: int, masks: Tensor) -> Tensor:
-        """Scores M x T of one image multiplied by each of M masks (M x H x W)."""
-        image = self.images[index]
-        target = self.target[index] if isinstance(self.target, Tensor) else self.target
-        at_once = images_at_once(image.device, *image.shape[1:], CHANNELS_AT_ONCE)
-        seen = (image * part for part in masks[:, None].to(image).split(at_once))
-        return torch.cat([_wide(_scores(target, self.model(x), len(x))[0]) for x in seen])
 
 
 def _weighted(weights: Tensor, activations: Tensor) -> Tensor:
@@ -125,7 +109,7 @@ def eigen_cam(activations: Tensor) -> Tensor:
     return maps.reshape(n, height, width)
 
 
-def score_cam(activations: Tensor, probe: Probe) -> Tensor:
+def score_cam(activations: Tensor, images: Tensor, ask: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Softmax over channels of the score of the image seen through each channel.
 
     Each channel is enlarged to the image and scaled to [0, 1], the image is multiplied by it, and
@@ -133,13 +117,13 @@ def score_cam(activations: Tensor, probe: Probe) -> Tensor:
     in the softmax). C forward passes an image. Returns weights N x C x T.
     """
     weights = []
-    for index, channels in enumerate(activations):
+    for index, image in enumerate(images):
         scores = []
-        for chunk in channels.split(CHANNELS_AT_ONCE):
-            masks = F.interpolate(chunk[:, None], probe.images.shape[2:], mode="bilinear")[:, 0]
-            low, high = masks.amin((1, 2), keepdim=True), masks.amax((1, 2), keepdim=True)
+        for channels in activations[index, :, None].split(CHANNELS_AT_ONCE):
+            masks = F.interpolate(channels, image.shape[1:], mode="bilinear")
+            low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
             masks = torch.where(high > low, (masks - low) / (high - low), 0)
-            scores.append(probe.masked(index, masks))
+            scores.append(ask(index, image * masks.to(image)))
         weights.append(torch.cat(scores).softmax(0))
     return torch.stack(weights)
 
@@ -248,8 +232,9 @@ def _explain(model, names, method, reshape, images, target):
         elif method.uses == "activations":
             maps = [torch.stack([method.rule(a)] * scores.shape[1], 1) for a in activations]
         else:
-            probe = Probe(model, images, target)
-            maps = [torch.einsum("nct,nchw->nthw", method.rule(a, probe), a) for a in activations]
+            ask = functools.partial(_ask, model, target)
+            weigh = functools.partial(method.rule, images=images, ask=ask)
+            maps = [torch.einsum("nct,nchw->nthw", weigh(a), a) for a in activations]
     return logits, target if isinstance(target, Tensor) else None, *maps
 
 
@@ -326,6 +311,13 @@ def _scores(target, output, count):
     if classes.min() < 0 or classes.max() >= output.shape[1]:
         raise ValueError(f"targets must be classes 0 to {output.shape[1] - 1}; got {classes}.")
     return output.gather(1, classes.expand(count)[:, None]), classes
+
+
+def _ask(model, target, index, versions):
+    """Scores M x T of M versions of the image with this index."""
+    target = target[index] if isinstance(target, Tensor) else target
+    at_once = images_at_once(versions.device, *versions.shape[2:], CHANNELS_AT_ONCE)
+    return torch.cat([_wide(_scores(target, model(x), len(x))[0]) for x in versions.split(at_once)])
 
 
 def _wide(tensor):
