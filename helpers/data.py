@@ -1,7 +1,6 @@
-"""Datasets and their splits.
+"""Datasets: `load_dataset` gives disjoint train, validation and test splits of each.
 
-One call, `load_dataset`, gives disjoint train, validation and test splits for every dataset: real
-ones that are downloaded, scikit-learn's digits, drawn shapes, or any folder of images. All images
+Real ones are downloaded, scikit-learn's digits, drawn shapes, or any folder of images. All images
 are RGB, uint8, and of one size, so that every network and every map fits every dataset.
 """
 
@@ -78,10 +77,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three disjoint splits, the class names, and a fingerprint of the pixels and labels.
+    """Three disjoint splits, and the fingerprint of the whole dataset whatever its sizes here.
 
-    `flippable` says whether an image flipped left to right keeps its class. The fingerprint is
-    that of the whole dataset: it doesn't depend on the sizes asked for.
+    `flippable` says whether an image flipped left to right keeps its class.
     """
 
     name: str
@@ -249,10 +247,7 @@ def _load(name: str, image_size: int | None, data_dir: Path, folder: ImageFolder
 
 @functools.lru_cache(maxsize=8)
 def _drawn(name: str, image_size: int, sizes: tuple[int | None, ...], data_dir: Path) -> Dataset:
-    """Draw the splits, or read them from data_dir/drawn/ if the same program drew them before.
-
-    A longer split begins with the shorter one, so subsets are nested.
-    """
+    """Draw the splits, or read them from data_dir/drawn/ if the same program drew them before."""
     # Another OpenCV or NumPy may draw other pixels: both are part of the program.
     source = Path(shapes.__file__).read_bytes() + f"{cv2.__version__} {np.__version__}".encode()
     program = hashlib.sha256(source).hexdigest()[:12]

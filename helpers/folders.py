@@ -29,9 +29,9 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 def read_image(path: Path | str) -> np.ndarray:
     """Read an image file as H x W x 3 uint8 RGB: whatever Pillow reads, upright.
 
-    Grayscale, palette and CMYK images are converted, 16-bit ones scaled to 8 bits, transparent
-    ones laid on white; of an animation the first frame counts. Raises FileNotFoundError if there
-    is no such file, ValueError, naming it, if it is damaged or holds floating-point values.
+    16-bit images are scaled to 8 bits, transparent ones laid on white; of an animation the first
+    frame counts. Raises FileNotFoundError for no file, ValueError if it is damaged or holds
+    floating-point values.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file; expected an image")
@@ -68,10 +68,10 @@ class ImageFolder:
 
 
 def list_folder(name: str) -> ImageFolder:
-    """List a folder of images; `name` is its path, in which ~ may stand for one's own folder.
+    """List a folder of images, but for hidden files and those that Windows leaves among pictures.
 
-    Hidden files and those that Windows leaves among pictures don't count. Raises FileNotFoundError
-    or ValueError, naming the place, if it isn't laid out as expected.
+    `name` is its path; ~ may stand for one's own folder. Raises FileNotFoundError or ValueError if
+    it isn't laid out as expected.
     """
     root = Path(os.path.expanduser(name)).resolve()
     if not (root / "train").is_dir():
@@ -96,9 +96,8 @@ def list_folder(name: str) -> ImageFolder:
                 )
             files += [(path, label, part == "test") for path in images]
     stats = [path.stat() for path, *_ in files]
-    state = repr((files, [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]))
-    state = hashlib.sha256(state.encode()).hexdigest()[:16]
-    return ImageFolder(root, classes, tuple(files), state)
+    state = repr((files, [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats])).encode()
+    return ImageFolder(root, classes, tuple(files), hashlib.sha256(state).hexdigest()[:16])
 
 
 def _listed(folder: Path, expected: Callable[[Path], bool]) -> list[Path]:
@@ -116,7 +115,7 @@ def _listed(folder: Path, expected: Callable[[Path], bool]) -> list[Path]:
 def decode(folder: ImageFolder, image_size: int | None) -> np.ndarray:
     """Read all images, N x H x W x 3, resized to squares of `image_size` if that is given.
 
-    Raises ValueError, naming the file, for one that can't be read, or for another size than most.
+    Raises ValueError for one that can't be read or has another size than most.
     """
 
     def read(file: tuple[Path, int, bool]) -> np.ndarray:

@@ -154,10 +154,7 @@ class ResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images N x 3 x H x W (float) -> logits N x num_classes.
-
-        Raises ValueError for images that are too small for the ImageNet stem.
-        """
+        """Images N x 3 x H x W (float) -> logits N x num_classes."""
         check_stem(self.stem, x.shape[-2], x.shape[-1])
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         for name in self.stages:
@@ -169,8 +166,7 @@ class ResNet(nn.Module):
 class SimpleCNN(nn.Module):
     """Three convolutions with pooling, then two fully connected layers: the study's baseline.
 
-    The feature map is pooled to 4 x 4 before the fully connected layers, so that any image of 8
-    pixels or more fits.
+    The feature map is pooled to 4 x 4 in between, so that any image of 8 pixels or more fits.
     """
 
     def __init__(self, channels: tuple[int, int, int], *, num_classes: int, dropout: float) -> None:
@@ -246,9 +242,7 @@ def build_model(
     `width` multiplies every channel count (at least 4 channels remain). `stem` is "cifar",
     "imagenet" or "auto", which picks by `image_size` (pixels). `residual=False` leaves the
     shortcuts out. `dropout` is the probability before the classifier. SimpleCNN has neither stem
-    nor shortcuts and ignores both.
-
-    Raises ValueError for an unknown name or a setting out of its range.
+    nor shortcuts.
     """
     if name not in MODELS:
         raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(MODELS)}")

@@ -58,10 +58,7 @@ def set_up(keep_runs_on_drive: bool = False) -> None:
 
 
 def find_notebooks(names: Sequence[str] = ("",)) -> list[Path]:
-    """Return the notebooks in order, or those whose name begins with one of `names`.
-
-    Raises ValueError for a name that fits none.
-    """
+    """Return the notebooks whose name begins with one of `names`, in order; else ValueError."""
     there = sorted(NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
     for name in names:
         if not any(path.name.startswith(name) for path in there):
@@ -82,9 +79,8 @@ def run_times(study: Study) -> dict[str, float]:
 
 
 def run_series(paths: Sequence[Path], study: Study) -> bool:
-    """Run notebooks in order, each in its own kernel; return whether all succeeded.
+    """Run notebooks in order, each in its own kernel, until one fails; return whether none did.
 
-    The first that fails is saved as far as it got, its error is printed, and the series stops.
     Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with the kernel stopped.
     """
     for number, path in enumerate(paths, start=1):

@@ -1,8 +1,6 @@
 """Runs and their results: describe once, train once, read for ever.
 
-A `Run` holds everything that decides a result; two equal Runs are the same result, kept in
-runs/<key>/. `load_or_train` returns the stored Result, goes on with a run that was cut off, or
-trains it.
+A `Run` holds everything that decides a result; equal Runs share one, which is kept in runs/<key>/.
 """
 
 from __future__ import annotations
@@ -72,8 +70,6 @@ class Run:
     numbers of images (None: all), `image_size` pixels (None: the dataset's own). `stem` is "auto",
     "cifar" or "imagenet". `patience` (epochs) turns early stopping on. `start` is the trained
     network to start from; None means random weights.
-
-    Raises ValueError for a setting outside what is allowed.
     """
 
     dataset: Text
@@ -185,8 +181,7 @@ class Result:
     """A finished run, read from its folder.
 
     `metrics` maps "train", "validation" and "test" (all without augmentation, final weights) to
-    those of `evaluation.metrics`; `machine` says on what it ran, in how many seconds. Logits are
-    float32 N x K, in the order of the split.
+    those of `evaluation.metrics`. Logits are float32 N x K, in the order of the split.
     """
 
     run: Run
