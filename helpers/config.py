@@ -34,10 +34,7 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def settings(cls: type[Settings]) -> type[Settings]:
-    """Make a class a frozen dataclass whose values pydantic checks: ValueError, in one line.
-
-    Strict: no bool for an int, no text for a number, no NaN; 1 becomes 1.0 where a float is wanted.
-    """
+    """Make a class a frozen dataclass whose values pydantic checks strictly, else ValueError."""
     checked = pydantic_dataclass(frozen=True, config=STRICT)(cls)
     make = checked.__init__
 
@@ -100,10 +97,7 @@ PROFILES = {profile.name: profile for profile in _ALL}
 
 @dataclass(frozen=True)
 class Study:
-    """One study: a profile on a dataset, the folders it uses, the device and the executor.
-
-    `progress` is "bar", "none" or "file:PATH", see `helpers.executors`.
-    """
+    """One study: a profile on a dataset, the folders it uses, the device and the executor."""
 
     profile: Profile
     dataset: str
@@ -111,7 +105,7 @@ class Study:
     data_dir: Path
     analysis_dir: Path
     device: torch.device
-    progress: str = "bar"
+    progress: str = "bar"  # or "none", or "file:PATH", see `helpers.executors`
     executor: str = "local"
     cores_per_run: int = 1
 
@@ -176,10 +170,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 @functools.lru_cache(maxsize=1)
 def study() -> Study:
-    """Return the study that the environment asks for (read once a process), else ValueError.
-
-    DATASET is checked with the data.
-    """
+    """Return the study that the environment asks for (read once a process), else ValueError."""
 
     def choice(variable: str, default: str, pattern: str, expected: str) -> str:
         value = os.environ.get(variable) or default
@@ -230,10 +221,10 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def images_at_once(device: torch.device, height: int, width: int, most: int) -> int:
-    """Return how many images to send through a network at a time where it makes no difference.
+    """Return how many images to send through a network at a time: `most`, on a CPU fewer.
 
-    `most`, but on a CPU as many as its cache holds the layers of: 64 of 32 x 32 pixels, at least 4.
-    (A ResNet-50 of width 0.25 on two cores: 932 images/s so, 190 in batches of 500.)
+    As many as its cache holds the layers of, at least 4. (A ResNet-50 of width 0.25 on two cores:
+    932 images/s of 32 x 32 pixels with 64 at a time, 190 with 500.)
     """
     pixels = height * width
     budget = 2**16 if pixels <= 64 * 64 else 2**18  # of large images networks first make small ones
@@ -241,10 +232,7 @@ def images_at_once(device: torch.device, height: int, width: int, most: int) -> 
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or all of the new, never a part.
-
-    If it can't be written the old content stays: OSError, with the remedy.
-    """
+    """Write a file so that a reader sees the old content or all of the new; else OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,9 +68,6 @@ def corrupt(images: Tensor, corruption: str, severity: int, *, seed: int = 0) ->
 
 
 def corrupt_all(images: Tensor) -> Tensor:
-    """Return images under every corruption: corruptions x 6 x N x 3 x H x W, uint8.
-
-    Severity 0 is the image as it is; raises what `corrupt` raises.
-    """
+    """Return images as they are and in 5 severities: corruptions x 6 x N x 3 x H x W, uint8."""
     every = [[images, *(corrupt(images, name, s) for s in SEVERITIES)] for name in CORRUPTIONS]
     return torch.stack([torch.stack(severities) for severities in every])

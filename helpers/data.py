@@ -150,16 +150,13 @@ def fingerprint(*arrays: np.ndarray) -> str:
 
 
 def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz file; if it's missing or damaged, they are made and stored.
-
-    The file has a checksum for each array. A full or read-only disk costs time, nothing else.
-    """
-    # numpy raises nearly anything when a file is damaged.
+    """Return the arrays of an npz file; if it's missing or damaged, they are made and stored."""
+    # The file has a checksum for each array; numpy raises nearly anything when it is damaged.
     with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as stored:
         return dict(stored)
     arrays, content = make(), io.BytesIO()
     np.savez(content, **arrays)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a full or read-only disk costs time, nothing else
         write_atomically(path, content.getbuffer())
     return arrays
 

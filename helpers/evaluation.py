@@ -154,10 +154,7 @@ def percent(share: float, sign: str = "") -> str:
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Return the mean of N values (images) with its percentile bootstrap interval (Efron, 1979).
-
-    For many values, not for a few seeds: of two, such an interval covers half of what it says.
-    """
+    """Return the mean of many values with its percentile bootstrap interval (Efron, 1979)."""
     generator = np.random.default_rng(seed)
     means = [generator.choice(values, len(values)).mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

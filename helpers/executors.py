@@ -54,11 +54,7 @@ def train_variants(
 def train_all(
     runs: Sequence[Run], study: Study | None = None, *, title: str = "runs"
 ) -> dict[Run, Result]:
-    """Load or train runs, showing progress; return Results by Run.
-
-    With several at a time, the longest first, one that fails doesn't stop the others: a RunError
-    at the end names those that failed.
-    """
+    """Load or train runs, several at a time the longest first, and return Results by Run."""
     study = study or config.study()
     missing = [run for run in dict.fromkeys(runs) if not is_finished(run, study)]
     with show_progress(missing, study, title):
@@ -73,10 +69,9 @@ def is_finished(run: Run, study: Study) -> bool:
 
 
 def train_in_processes(runs: Sequence[Run], study: Study) -> None:
-    """Train runs several at a time, in processes here or by Ray; RunError names those that failed.
+    """Train runs several at a time, in processes here or by Ray, a GPU each or so many CPU cores.
 
-    Ray gives each a GPU or `study.cores_per_run` CPU cores, on this machine or the cluster of the
-    variable RAY_ADDRESS.
+    One that fails doesn't stop the others: a RunError at the end names those that failed.
     """
     if study.executor == "processes":
         at_once, how = (os.cpu_count() or 1) // study.cores_per_run, {"backend": "loky"}
@@ -138,10 +133,7 @@ def cost(run: Run) -> float:
 
 @contextlib.contextmanager
 def show_progress(runs: Sequence[Run], study: Study, title: str) -> Iterator[None]:
-    """Show one bar of what all runs cost, with the time left, where the study's `progress` says.
-
-    That is "bar" (in the notebook or terminal), "file:PATH" (for whoever runs it) or "none".
-    """
+    """Show a bar of what all runs cost: in the notebook or terminal, in "file:PATH", or "none"."""
     kind, _, path = study.progress.partition(":")
     if kind == "none" or not runs:
         yield

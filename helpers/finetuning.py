@@ -102,10 +102,7 @@ def weights_file(model: nn.Module) -> bytes:
 
 
 def load_weights(model: nn.Module, content: bytes) -> None:
-    """Load a safetensors file into a network, whose layers are cut to the channels that are left.
-
-    Raises KeyError if the file lacks one of the network's weights.
-    """
+    """Load a safetensors file into a network, its layers cut to the channels that are left."""
     weights = load_safetensors(content)
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         value.data = weights[name].to(value.dtype)

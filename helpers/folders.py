@@ -56,15 +56,12 @@ def read_image(path: Path | str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder's classes, and its files: each with its label and whether it lies in test/.
-
-    `state` changes with the path, the size or a time of any file.
-    """
+    """A folder's classes, and its files: each with its label and whether it lies in test/."""
 
     root: Path
     classes: tuple[str, ...]
     files: tuple[tuple[Path, int, bool], ...]
-    state: str
+    state: str  # changes with the path, the size or a time of any file
 
 
 def list_folder(name: str) -> ImageFolder:
@@ -113,10 +110,7 @@ def _listed(folder: Path, expected: Callable[[Path], bool]) -> list[Path]:
 
 
 def decode(folder: ImageFolder, image_size: int | None) -> np.ndarray:
-    """Read all images, N x H x W x 3, resized to squares of `image_size` if that is given.
-
-    Raises ValueError for one that can't be read or has another size than most.
-    """
+    """Read all images, N x H x W x 3, resized to squares of `image_size` if that is given."""
 
     def read(file: tuple[Path, int, bool]) -> np.ndarray:
         image = read_image(file[0])

@@ -100,10 +100,7 @@ def run_series(paths: Sequence[Path], study: Study) -> bool:
 
 
 async def run_notebook(path: Path, out: Path, where: str) -> str:
-    """Execute a notebook, saving after each cell; return its error in one line, or nothing.
-
-    A terminal shows `where`, the code cell, and what training last said of its progress.
-    """
+    """Execute a notebook, saving after each cell; return its error in one line, or nothing."""
     notebook = nbformat.read(path, as_version=4)
     loop, interrupted = asyncio.get_running_loop(), asyncio.Event()
 

@@ -299,10 +299,7 @@ def enlarge(image: Picture, side: int = 128) -> np.ndarray:
 
 
 def overlay(image: Picture, heat: Picture, alpha: float = 0.5) -> np.ndarray:
-    """The map in viridis over the image, uint8 RGB H x W x 3; `alpha` is the share of the map.
-
-    The image is H x W x 3 or a tensor 3 x H x W, uint8; the map (enlarged to the image) in [0, 1].
-    """
+    """The map, enlarged, in viridis over a uint8 image; `alpha` is the share of the map."""
     picture, heat = to_rgb(image), np.asarray(heat.cpu() if isinstance(heat, Tensor) else heat)
     within = heat.ndim == 2 and heat.min() >= 0 and heat.max() <= 1 and 0 <= alpha <= 1
     if not within or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:

@@ -30,10 +30,7 @@ def mean_metrics(results: Sequence[Result], split: str = "test") -> dict[str, fl
 
 
 def trained_out(results: Sequence[Result]) -> bool:
-    """Tell whether networks had learnt their training images: at least 95 %, not augmented.
-
-    Only then does a comparison say something about capacity, and not about learning speed.
-    """
+    """Tell whether networks learnt 95 % of their training images: else they tell of speed alone."""
     return all(r.metrics["train"]["accuracy"] >= 0.95 for r in results)
 
 
@@ -44,10 +41,7 @@ def accuracies(results: Mapping[str, Sequence[Result]]) -> dict[str, Interval]:
 
 
 def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict[str, Interval]:
-    """Return how much more accurate each is than `reference`, paired by seed and test image.
-
-    Raises ValueError for results that don't share them.
-    """
+    """Return how much more accurate each is than `reference`, paired by seed and test image."""
     paired = {}
     for name, own in results.items():
         pairs = list(zip(own, results[reference], strict=True))
@@ -64,10 +58,7 @@ def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict
 
 
 def describe_data(dataset: Dataset, role: str = "study") -> dict[str, Any]:
-    """Return what a result file says of a dataset.
-
-    `role` is "second" for one that a notebook looks at besides the study's own.
-    """
+    """Return what a result file says of a dataset; its role is "second" besides the study's own."""
     names = ("title", "classes", "image_size", "fingerprint")
     about = {name: getattr(dataset, name) for name in names}
     sizes = {f"{split}_size": len(getattr(dataset, split)) for split in SPLITS}
@@ -75,10 +66,7 @@ def describe_data(dataset: Dataset, role: str = "study") -> dict[str, Any]:
 
 
 def save_results(study: Study, name: str, values: dict[str, Any]) -> Path:
-    """Write a notebook's results as JSON into the study's set, with profile and machine.
-
-    Only finite numbers are allowed: a NaN raises ValueError, so that it can't reach the report.
-    """
+    """Write a notebook's results as JSON into the study's set; ValueError for a NaN."""
     content = {"profile": asdict(study.profile), "machine": machine(study.device), **values}
     path = study.results_dir / f"{name}.json"
     text = json.dumps(content, indent=1, allow_nan=False, default=_plain)

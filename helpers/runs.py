@@ -102,11 +102,8 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A readable name and a hash of all settings: the run's folder under runs/.
-
-        A folder of images is known by its name and fingerprint, wherever it lies.
-        """
-        slug = dataset_slug(self.dataset)
+        """A readable name and a hash of all settings: the run's folder under runs/."""
+        slug = dataset_slug(self.dataset)  # a folder is known by its name, wherever it lies
         values = asdict(self) | {"dataset": slug}
         if self.start is not None and self.start.source != IMAGENET:
             values["start"]["source"] = self.start.source.key
@@ -231,10 +228,7 @@ def machine(device: torch.device, dtype: torch.dtype | None = None) -> dict[str,
 
 
 def load_result(run: Run, folder: Path) -> Result:
-    """Read a finished run, each file checked against its SHA-256.
-
-    Raises FileNotFoundError for a run that isn't finished, and RunError for one that is damaged.
-    """
+    """Read a finished run, each file checked against its SHA-256; RunError if it is damaged."""
     if not (folder / "result.json").exists():
         raise FileNotFoundError(f"there is no finished run in {folder}")
     try:

@@ -52,15 +52,11 @@ MARK_PATTERNS = np.array([[list(row) for row in cells.split()] for cells in _PAT
 
 @dataclass(frozen=True)
 class Drawing:
-    """Drawn images N x H x W x 3 (uint8, RGB).
+    """Drawn images and where in them, pixel by pixel, the object and the mark are visible."""
 
-    `masks` N x H x W (bool) marks the visible pixels of the object, neither occluded nor marked,
-    `mark_masks` those of the corner mark: all False without one.
-    """
-
-    images: np.ndarray
-    masks: np.ndarray
-    mark_masks: np.ndarray
+    images: np.ndarray  # N x H x W x 3 (uint8, RGB)
+    masks: np.ndarray  # N x H x W (bool), the object, neither occluded nor marked
+    mark_masks: np.ndarray  # N x H x W (bool), the mark: all False without one
 
 
 def draw(labels: np.ndarray, *, image_size: int = 32, seed: int, mark: bool = False) -> Drawing:
@@ -138,10 +134,7 @@ def _scene(rng: np.random.Generator, label: int, image_size: int) -> tuple[np.nd
 
 
 def _outline(name: str, proportions: np.ndarray) -> list[np.ndarray]:
-    """Contours (V x 2) of an object around the origin with radius about 1; the second is a hole.
-
-    The three proportions, each from 0 to 1, vary what may vary within the class.
-    """
+    """Contours (V x 2) of an object of radius about 1; proportions, 0 to 1, vary it."""
     first, second, third = proportions
     if name in CORNERS:
         points = _regular(CORNERS[name])
