@@ -23,7 +23,6 @@ from joblib import Parallel, delayed, parallel_config
 from tqdm.auto import tqdm as notebook_or_terminal_bar
 from tqdm.std import tqdm as plain_bar
 
-from helpers import config
 from helpers.config import ROOT, Study
 from helpers.data import Dataset
 from helpers.evaluation import multiply_adds
@@ -51,11 +50,8 @@ def train_variants(
     return {name: [results[r] for r in variant] for name, variant in runs.items()}
 
 
-def train_all(
-    runs: Sequence[Run], study: Study | None = None, *, title: str = "runs"
-) -> dict[Run, Result]:
+def train_all(runs: Sequence[Run], study: Study, *, title: str = "runs") -> dict[Run, Result]:
     """Load or train runs, several at a time the longest first, and return Results by Run."""
-    study = study or config.study()
     missing = [run for run in dict.fromkeys(runs) if not is_finished(run, study)]
     with show_progress(missing, study, title):
         if missing and study.executor != "local":

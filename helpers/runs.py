@@ -248,7 +248,7 @@ def load_result(run: Run, folder: Path) -> Result:
 
 def load_or_train(
     run: Run,
-    study: Study | None = None,
+    study: Study,
     *,
     on_epoch: Callable[[EpochRecord], None] | None = None,
     checkpoint_seconds: float = 30.0,
@@ -259,7 +259,6 @@ def load_or_train(
     the operating system, which dies with its process). Raises RunError for a damaged run, and what
     `training.train` raises.
     """
-    study = study or config.study()
     folder = study.runs_dir / run.key
     if not (folder / "result.json").exists():
         content = json.dumps(asdict(run), indent=1).encode()
