@@ -10,7 +10,6 @@ import io
 import json
 import platform
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +28,7 @@ from helpers.evaluation import metrics, predict
 from helpers.finetuning import IMAGENET
 from helpers.models import IMAGENET_RESNETS, MODELS, build_model, check_stem
 from helpers.recipes import RECIPES, Recipe
-from helpers.training import EpochRecord, train
+from helpers.training import train
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -246,18 +245,12 @@ def load_result(run: Run, folder: Path) -> Result:
         raise RunError(f"the result in {folder} is damaged ({error}). {advice}") from None
 
 
-def load_or_train(
-    run: Run,
-    study: Study,
-    *,
-    on_epoch: Callable[[EpochRecord], None] | None = None,
-    checkpoint_seconds: float = 30.0,
-) -> Result:
+def load_or_train(run: Run, study: Study, **options: Any) -> Result:
     """Return a run's Result: stored if it's there and whole, resumed or trained otherwise.
 
     Of two processes that ask for the same run, one trains, the other waits and loads (a lock of
-    the operating system, which dies with its process). Raises RunError for a damaged run, and what
-    `training.train` raises.
+    the operating system, which dies with its process). `on_epoch` and `checkpoint_seconds` are
+    those of `training.train`. Raises RunError for a damaged run, and what `train` raises.
     """
     folder = study.runs_dir / run.key
     if not (folder / "result.json").exists():
@@ -265,7 +258,7 @@ def load_or_train(
         write_atomically(folder / "run.json", content)  # says what to do if nothing can be written
         with FileLock(folder / "lock"):
             if not (folder / "result.json").exists():  # else another process finished it meanwhile
-                _train(run, study, folder, on_epoch=on_epoch, checkpoint_seconds=checkpoint_seconds)
+                _train(run, study, folder, **options)
     return load_result(run, folder)
 
 
