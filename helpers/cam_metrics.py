@@ -81,10 +81,7 @@ class Mosaics:
 
 
 def mosaics(images: Tensor, labels: Tensor, grid: tuple[int, int], count: int) -> Mosaics:
-    """Draw `count` mosaics of rows x columns images, no class twice (Böhle et al., CVPR 2021).
-
-    Pass images that the network classifies correctly.
-    """
+    """Draw `count` mosaics of rows x columns images, no class twice (Böhle et al., CVPR 2021)."""
     rows, columns = grid
     classes = labels.unique()
     if len(classes) < rows * columns:
@@ -227,10 +224,7 @@ def removal_order(maps: Tensor, seed: int) -> Tensor:
 
 
 def rank_correlation(maps: Tensor, others: Tensor) -> Scores:
-    """Spearman's rank correlation of two maps of each image, ties sharing their mean rank.
-
-    A constant map has no order: its correlation is 0. Pairs with an all-zero map are left out.
-    """
+    """Spearman's rank correlation of two maps of each image, 0 where one is constant."""
     maps, others = _check(maps)[0], _check(others)[0]
     if maps.shape != others.shape:
         raise ValueError(f"maps differ: {tuple(maps.shape)} and {tuple(others.shape)}.")
@@ -242,10 +236,9 @@ def rank_correlation(maps: Tensor, others: Tensor) -> Scores:
 
 
 def agreement(maps: Sequence[Tensor]) -> Scores:
-    """Mean rank correlation over all pairs of two or more maps of the same images.
+    """Mean rank correlation over all pairs of maps of the same images: is the explanation stable?
 
-    Of different layers: do they point at the same place? Of networks trained from different seeds:
-    is the explanation stable (Fel et al., WACV 2022)?
+    From layer to layer, or from seed to seed (Fel et al., WACV 2022).
     """
     pairs = [rank_correlation(maps[i], maps[j]).values for j in range(len(maps)) for i in range(j)]
     zero = torch.stack([x.flatten(1).amax(1) == 0 for x in maps])

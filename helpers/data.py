@@ -56,16 +56,12 @@ DRAWN_PROBE = 200  # images of each drawn split that the fingerprint covers: the
 
 @dataclass(frozen=True)
 class Split:
-    """Images N x 3 x H x W (uint8) and labels N (int64), in a stratified order.
+    """Images and labels in a stratified order; where known, masks of object and planted mark."""
 
-    `masks` N x H x W (bool) marks the object's pixels and `mark_masks` those of a planted mark,
-    where the dataset knows them.
-    """
-
-    images: Tensor
-    labels: Tensor
-    masks: Tensor | None = None
-    mark_masks: Tensor | None = None
+    images: Tensor  # N x 3 x H x W (uint8)
+    labels: Tensor  # N (int64)
+    masks: Tensor | None = None  # N x H x W (bool)
+    mark_masks: Tensor | None = None  # N x H x W (bool)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,10 +73,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three disjoint splits, and the fingerprint of the whole dataset whatever its sizes here.
-
-    `flippable` says whether an image flipped left to right keeps its class.
-    """
+    """Three disjoint splits, and the fingerprint of the whole dataset whatever its sizes here."""
 
     name: str
     title: str
@@ -89,7 +82,7 @@ class Dataset:
     validation: Split
     test: Split
     fingerprint: str
-    flippable: bool = True
+    flippable: bool = True  # whether an image flipped left to right keeps its class
 
     @property
     def image_size(self) -> int:
@@ -103,10 +96,8 @@ class Dataset:
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each channel's mean and standard deviation over all pixels, scaled to [0, 1].
-
-    `images` is N x 3 x H x W uint8. Exact: counts of the 256 values decide, not rounded sums.
-    """
+    """Return mean and standard deviation of each channel of N x 3 x H x W (uint8), in [0, 1]."""
+    # Counts of the 256 values decide, not rounded sums.
     values = torch.arange(256, dtype=torch.float64) / 255
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)])
     counts, total = counts.double(), counts.sum(1)

@@ -35,10 +35,7 @@ SMALLEST_DIFFERENCE = 0.005  # half a point of accuracy: what is smaller isn't o
 def predict(
     model: nn.Module, split: Split, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the logits N x K (float32, on the CPU) of all images of a split, in its order.
-
-    With a `dtype` below float32 the forward pass runs under autocast.
-    """
+    """Return the logits N x K (float32, on the CPU) of all images of a split, in its order."""
     device = next(model.parameters()).device
     at_once = images_at_once(device, *split.images.shape[-2:], BATCH)
     logits = []

@@ -23,10 +23,7 @@ IMAGENET = "IMAGENET1K_V1"
 
 
 def imagenet_weights(model: str, folder: Path) -> dict[str, Tensor]:
-    """Return torchvision's ImageNet weights of a ResNet: from `folder`, or downloaded into it.
-
-    Raises FileNotFoundError if the file is neither there nor can be fetched.
-    """
+    """Return torchvision's ImageNet weights of a ResNet: from `folder`, or downloaded into it."""
     weights = get_model_weights(model)[IMAGENET]
     how = {"progress": False, "check_hash": True, "weights_only": True}
     try:
