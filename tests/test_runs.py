@@ -212,7 +212,7 @@ def test_a_study_makes_runs_at_its_profiles_size(profile: str, small_study: Stud
     run = make_run(study, dataset, "resnet18", seed=1)
     own = study.profile
     assert (run.width, run.epochs, run.seed) == (own.width, own.epochs, 1)
-    assert run.recipe == replace(RECIPES["fast"], batch_size=own.batch_size)
+    assert run.recipe == replace(RECIPES[own.recipe], batch_size=own.batch_size)
     loaded = run.load_data(study.data_dir)
     for split in data.SPLITS:
         assert torch.equal(getattr(loaded, split).images, getattr(dataset, split).images)
