@@ -126,7 +126,7 @@ def insertion_deletion(
     equal shares. The blur is the paper's, 11 pixels wide.
     """
     maps, _ = _check(maps)
-    order = removal_order(maps, seed=0)[:, None]
+    order = removal_order(maps, seed=0)[:, None].to(images.device)
     ends = [round(step / STEPS * order[0].numel()) for step in range(STEPS + 1)]
 
     def area(start: Tensor, finish: Tensor) -> Scores:
@@ -147,7 +147,7 @@ def drop_and_increase(
     """
     maps, _ = _check(maps)
     peak = maps.amax((1, 2), keepdim=True)
-    seen = images * (maps / torch.where(peak > 0, peak, 1))[:, None].to(images.dtype)
+    seen = images * (maps / torch.where(peak > 0, peak, 1))[:, None].to(images)
     before, after = (_probabilities(model, x, targets) for x in (images, seen))
     drop = (before - after).clamp(min=0) / before.clamp(min=torch.finfo(before.dtype).tiny)
     return _scores(drop, maps), _scores((after > before).double(), maps)
@@ -168,7 +168,7 @@ def road(
     `impute`, so that the shape of the hole gives nothing away (Rong et al., ICML 2022).
     """
     maps, _ = _check(maps)
-    order = removal_order(maps, seed=0)
+    order = removal_order(maps, seed=0).to(images.device)
     pixels = order[0].numel()
     generator = torch.Generator().manual_seed(0)
 
@@ -210,8 +210,8 @@ def _probabilities(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(f"expected a class for each image; got {tuple(targets.shape)}.")
     at_once = images_at_once(images.device, *images.shape[-2:], BATCH)
     with undisturbed(model):
-        shares = torch.cat([model(part).double().softmax(1) for part in images.split(at_once)])
-        return shares.gather(1, targets.to(images.device)[:, None].long())[:, 0]
+        logits = torch.cat([model(part) for part in images.split(at_once)]).cpu().double()
+        return logits.softmax(1).gather(1, targets.cpu()[:, None].long())[:, 0]
 
 
 def removal_order(maps: Tensor, seed: int) -> Tensor:
@@ -320,10 +320,10 @@ def compare(
 
 
 def _check(maps: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Maps in float64 and masks on their device; no masks are taken for full ones."""
+    """Maps in float64 and masks, on the CPU (Apple's GPUs have no float64); or full masks."""
     if maps.ndim != 3 or not maps.numel():
         raise ValueError(f"maps must be N x H x W and not empty; got {tuple(maps.shape)}.")
-    maps = maps.double()
+    maps = maps.cpu().double()
     if not torch.isfinite(maps).all() or maps.min() < 0:
         raise ValueError("maps must be finite and not negative; take the positive part.")
     if masks is None:

@@ -29,6 +29,11 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# That CUDA's kernels repeat bit for bit has to be said before CUDA or torch's compiler are used, in
+# every process that trains.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+
 Settings = TypeVar("Settings")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -229,6 +234,14 @@ def images_at_once(device: torch.device, height: int, width: int, most: int) -> 
     pixels = height * width
     budget = 2**16 if pixels <= 64 * 64 else 2**18  # of large images networks first make small ones
     return min(most, max(4, budget // pixels)) if device.type == "cpu" else most
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return the order of images and weights in memory: all channels of a pixel together.
+
+    Not on Apple's GPUs, whose kernels are made for the order N x C x H x W.
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def write_atomically(path: Path, content: bytes) -> None:

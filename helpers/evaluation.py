@@ -22,9 +22,9 @@ from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.config import images_at_once
+from helpers.config import images_at_once, memory_format
 from helpers.data import Split
-from helpers.loader import normalise
+from helpers.loader import normalise, send
 from helpers.models import undisturbed
 
 BATCH = 500  # images in one forward pass at most
@@ -37,11 +37,12 @@ def predict(
 ) -> Tensor:
     """Return the logits N x K (float32, on the CPU) of all images of a split, in its order."""
     device = next(model.parameters()).device
+    mean, std = mean.to(device), std.to(device)
     at_once = images_at_once(device, *split.images.shape[-2:], BATCH)
     logits = []
     with undisturbed(model):
         for images in split.images.split(at_once):
-            batch = normalise(images.to(device), mean, std)
+            batch = normalise(send(images, device), mean, std)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits.append(model(batch).float())
     return torch.cat(logits).cpu()
@@ -262,8 +263,9 @@ def measure(call: Callable[[], object], *, repeats: int = 7, device: torch.devic
 
 def latency(model: nn.Module, image_size: int, batch_size: int = 1, repeats: int = 7) -> float:
     """Return the seconds of a batch's forward pass in float32, on the model's device."""
-    device, sides = next(model.parameters()).device, (image_size, image_size)
-    images = torch.ones(batch_size, 3, *sides).to(device, memory_format=torch.channels_last)
+    device = next(model.parameters()).device
+    images = torch.ones(batch_size, 3, image_size, image_size, device=device)
+    images = images.contiguous(memory_format=memory_format(device))
     with undisturbed(model), torch.inference_mode():
         return measure(lambda: model(images), repeats=repeats, device=device)
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torchvision.transforms.v2 import TrivialAugmentWide
 
-from helpers.config import settings
+from helpers.config import memory_format, settings
 from helpers.data import Split
 
 
@@ -100,8 +100,9 @@ def jitter(images: Tensor, changes: Tensor) -> Tensor:
     """
     brightness, contrast, saturation = (1 + changes).view(-1, 3, 1, 1, 1).unbind(1)
 
-    def luma(image: Tensor) -> Tensor:
-        return (image * image.new_tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)).sum(1, True)
+    def luma(image: Tensor) -> Tensor:  # a tensor of the weights would be sent, and waited for
+        red, green, blue = image.split(1, 1)
+        return 0.299 * red + 0.587 * green + 0.114 * blue
 
     image = (images.float() * brightness).clamp(0, 255)
     mean = luma(image).mean((2, 3), keepdim=True)
@@ -114,12 +115,13 @@ def trivial_augment(images: Tensor, seeds: Tensor) -> Tensor:
     """Apply TrivialAugment (torchvision's, wide space) to N x 3 x H x W uint8 images, one by one.
 
     `seeds` (N, int64) decide operation and strength. torch's global generator stays as it was.
+    Images and seeds lie in main memory: a GPU would be waited for several times an image.
     """
     operation = TrivialAugmentWide()
     changed = []
     with torch.random.fork_rng(devices=[]):
         for image, seed in zip(images, seeds.tolist(), strict=True):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # no GPU's, which dropout draws from
             changed.append(operation(image))
     return torch.stack(changed)
 
@@ -133,12 +135,13 @@ def mix(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return (images / 255 - mean) / std of N x 3 x H x W uint8 images: float32, channels last.
 
-    Raises TypeError for images of another type.
+    Channels aren't last on a device of another `memory_format`. Raises TypeError for images of
+    another type.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}; expected uint8, 0 to 255")
     mean, std = (part.view(-1, 1, 1).to(images.device) for part in (mean, std))
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=memory_format(images.device))
     return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
 
 
@@ -151,14 +154,24 @@ def fits(device: torch.device, size: float) -> bool:
     return size < (torch.cuda.mem_get_info(device)[0] + kept) / 2
 
 
+def send(images: Tensor, device: torch.device) -> Tensor:
+    """Copy images to a device without waiting for what it is doing.
+
+    To CUDA only a copy from memory that stays in its place (pinned) does so.
+    """
+    if device.type == "cuda" and not images.is_cuda:
+        images = images.pin_memory()
+    return images.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Loader:
     """Batches of augmented, normalised images from a split, on a device.
 
     The images are one uint8 tensor, reflect-padded once; every crop window is a view of it
     (`unfold`), so shuffling and cropping a batch are one gather. The tensor lies on the device, or,
-    if it would take half of the memory there, in main memory, from where each batch is sent.
-    An incomplete last batch is left out: other images each epoch.
+    if it would take half of the memory there or for TrivialAugment, in main memory, from where each
+    batch is sent. An incomplete last batch is left out: other images each epoch.
     """
 
     split: Split
@@ -179,7 +192,8 @@ class Loader:
         """All crops as a view: N x shifts x shifts x 3 x H x W."""
         images, size = self.split.images, self.split.images.shape[-1]
         padding = round(self.augmentation.crop_padding * size / 32)
-        if fits(self.device, images.numel() * (1 + 2 * padding / size) ** 2):
+        on_cpu = self.augmentation.trivial_augment
+        if not on_cpu and fits(self.device, images.numel() * (1 + 2 * padding / size) ** 2):
             images = images.to(self.device)
         if padding:  # by index: torch reflects floating-point images only, four times as large
             places = torch.arange(-padding, size + padding, device=images.device).abs()
@@ -196,18 +210,19 @@ class Loader:
         labels = F.one_hot(self.split.labels).float() if augmentation.mixup else self.split.labels
         choices = epoch_choices(len(labels), augmentation, size, self.flippable, self.seed, epoch)
         # Sent once an epoch: a copy in each step would make the host wait for the device.
-        order, shifts = (part.to(self._windows.device) for part in (choices.order, choices.shifts))
+        there = EpochChoices(*(part.to(self._windows.device) for part in choices))
         here = EpochChoices(*(part.to(self.device) for part in choices))
         labels, mean, std = (part.to(self.device) for part in (labels, self.mean, self.std))
         for batch in range(len(self)):
             places = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            rows, columns = shifts[order[places]].unbind(1)
-            images = self._windows[order[places], rows, columns].to(self.device)
-            chosen = here.order[places]
+            chosen = there.order[places]
+            rows, columns = there.shifts[chosen].unbind(1)
+            images = self._windows[chosen, rows, columns]
             if augmentation.flip:
-                images = torch.where(here.flips[chosen, None, None, None], images.flip(-1), images)
+                images = torch.where(there.flips[chosen, None, None, None], images.flip(-1), images)
             if augmentation.trivial_augment:
-                images = trivial_augment(images, choices.seeds[choices.order[places]])
+                images = trivial_augment(images, there.seeds[chosen])
+            images, chosen = send(images, self.device), here.order[places]
             if augmentation.colour_jitter:
                 images = jitter(images, augmentation.colour_jitter * here.colours[chosen])
             images = normalise(images, mean, std)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.config import compute_dtype, write_atomically
+from helpers.config import compute_dtype, memory_format, write_atomically
 from helpers.data import Dataset
 from helpers.evaluation import predict
 from helpers.loader import Loader
@@ -57,19 +57,22 @@ def make_optimizer(
     """Return the recipe's optimizer of all trainable parameters.
 
     With a `rate_factor` below 1 each part of the network learns more slowly than the one after it
-    (`parameter_groups`). On CUDA it is fused, one kernel for all parameters; but not SGD of float16
-    gradients: its momentum stays unwritten memory when the scaler leaves out the first step.
+    (`parameter_groups`). On CUDA it is fused, one kernel for all parameters, that float16's scaler
+    doesn't wait for.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     parameters = trainable if rate_factor == 1 else parameter_groups(model, rate_factor)
-    device = trainable[0].device
     options = {"lr": recipe.peak_learning_rate, "weight_decay": recipe.weight_decay}
-    options["fused"] = device.type == "cuda"
+    options["fused"] = trainable[0].is_cuda
     if recipe.optimizer == "sgd":
         options |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-        options["fused"] &= compute_dtype(device) != torch.float16
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    return kinds[recipe.optimizer](parameters, **options)
+    optimizer = kinds[recipe.optimizer](parameters, **options)
+    if options["fused"] and recipe.optimizer == "sgd" and recipe.momentum:
+        # Else it stays unwritten memory when the scaler leaves out the first step.
+        for parameter in trainable:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class TrainingDiverged(RuntimeError):
@@ -169,6 +172,7 @@ class State:
 
 # Where compiling pays: on a CPU a short run doesn't win back the minute that it takes.
 COMPILED_DEVICES = ("cuda",)
+_compiled: list[tuple] = []  # what was compiled last: structure, images' shape, format
 Forward = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
 
@@ -199,16 +203,22 @@ def compiled(model: nn.Module, loader: Loader, dtype: torch.dtype) -> Forward:
 
     Small networks are bound by kernel launches; mode "reduce-overhead" replays them as CUDA graphs.
     Compiling takes up to a minute; a network of the same structure, as with another seed, reuses
-    what was compiled, since torch takes weights as inputs. Torch compiles in the first step, the
-    backward pass, too, and then records graphs: three are tried, and the network put back.
+    what was compiled, since torch takes weights as inputs. For another one it is given up first:
+    graphs keep their memory, and from the ninth on torch would no longer compile. Sizes are fixed
+    (`dynamic=False`), since graphs can't be recorded of others. Torch compiles in the first step,
+    the backward pass, too, and then records graphs: three are tried, and the network put back.
     """
-    fast, before = torch.compile(model, mode="reduce-overhead"), copy.deepcopy(model.state_dict())
+    images, _ = next(loader.batches(0))
+    if _compiled != (key := [(str(model), images.shape, dtype)]):
+        torch.compiler.reset()
+        _compiled[:] = key
+    fast = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    before = copy.deepcopy(model.state_dict())
 
     def forward(images: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         return fast(images)
 
-    images, _ = next(loader.batches(0))
     set_training_mode(model)
     try:
         with repeatable(loader.device, loader.seed):
@@ -338,7 +348,7 @@ def train(
     if recipe.batch_size > (most := len(dataset.train)):
         raise ValueError(f"batch_size is {recipe.batch_size}; expected at most {most}, all images")
     keep_memory()
-    model.to(device, memory_format=torch.channels_last)  # all channels of a pixel together
+    model.to(device, memory_format=memory_format(device))
     seen = (*dataset.channel_statistics, recipe.batch_size, recipe.augmentation, dataset.flippable)
     loader = Loader(dataset.train, *seen, seed, device)
     dtype = trusted_dtype(model, loader)
@@ -371,14 +381,25 @@ def train(
 
 @contextlib.contextmanager
 def repeatable(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch's global generators, from which dropout draws, and put them back afterwards."""
+    """Seed torch's global generators, from which dropout draws, and choose kernels that repeat.
+
+    Torch warns of operations that have none. All is put back afterwards.
+    """
     exact = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": True}
+    before = torch.get_deterministic_debug_mode()
+    filling, fills = torch.utils.deterministic, torch.utils.deterministic.fill_uninitialized_memory
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.backends.cudnn.flags(**exact),
     ):
+        torch.set_deterministic_debug_mode("warn")
+        filling.fill_uninitialized_memory = False  # which takes time, and is for finding faults
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(before)
+            filling.fill_uninitialized_memory = fills
 
 
 @contextlib.contextmanager
