@@ -162,6 +162,21 @@ def test_number_format_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> 
         assert config.compute_dtype(CPU) is dtype
 
 
+def test_channels_are_last_in_memory_but_for_apples_gpus() -> None:
+    found = [config.memory_format(torch.device(kind)) for kind in ("cpu", "cuda", "mps")]
+    assert found == [torch.channels_last, torch.channels_last, torch.contiguous_format]
+
+
+def test_every_process_asks_for_repeatable_kernels_before_cuda_is_used() -> None:
+    names = ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC")
+    code = f"import os; from helpers import config; print(*map(os.environ.get, {names}))"
+    for own, expected in (({}, ":4096:8 1"), ({names[0]: ":16:8"}, ":16:8 1")):
+        environment = {k: v for k, v in os.environ.items() if k not in names} | own
+        command = [sys.executable, "-c", code]
+        said = subprocess.check_output(command, text=True, cwd=config.ROOT, env=environment)
+        assert said.strip() == expected
+
+
 def test_a_cpu_takes_as_many_images_at_once_as_its_cache_holds() -> None:
     for side, expected in ((8, 500), (16, 256), (32, 64), (64, 16), (96, 28), (224, 5), (1024, 4)):
         assert config.images_at_once(CPU, side, side, 500) == expected

@@ -120,22 +120,29 @@ def test_the_optimizer_is_built_as_the_recipe_says(
     assert list(map(id, group["params"])) == list(map(id, model.parameters()))
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "dtype", "fused"),
-    [
-        ("sgd", torch.bfloat16, True),
-        ("sgd", torch.float16, False),  # a skipped first step leaves its momentum unwritten
-        ("adam", torch.float16, True),
-    ],
-)
-def test_on_a_gpu_the_optimizer_is_fused_unless_that_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, optimizer: str, dtype: torch.dtype, fused: bool
-) -> None:
-    monkeypatch.setattr(training, "compute_dtype", lambda device: dtype)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_on_a_gpu_the_optimizer_is_fused(optimizer: str) -> None:
     with FakeTensorMode():  # no GPU is needed for such tensors
         layer = nn.Linear(2, 2, device="cuda")
-        made = training.make_optimizer(layer, replace(SGD, optimizer=optimizer))
-    assert made.defaults["fused"] == fused
+        made = training.make_optimizer(layer, replace(SGD, optimizer=optimizer, momentum=0.9))
+    assert made.defaults["fused"]
+
+
+def test_momentum_that_begins_with_zeros_is_momentum() -> None:
+    """As on a GPU, where torch would leave it unwritten if the first step is left out."""
+    weights = []
+    for begins in (True, False):
+        layer = nn.Linear(3, 1)
+        nn.init.ones_(layer.weight)
+        options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "fused": True}
+        optimizer = torch.optim.SGD([layer.weight], 0.1, **options)
+        if begins:
+            optimizer.state[layer.weight]["momentum_buffer"] = torch.zeros_like(layer.weight)
+        for step in range(3):
+            layer.weight.grad = torch.tensor([[0.3, -0.2, 0.7]]) * (step + 1)
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    assert torch.equal(*weights)
 
 
 def test_parameter_groups_hold_each_parameter_once_and_scale_by_distance() -> None:
@@ -256,6 +263,19 @@ def test_dropout_alone_draws_from_a_generator_of_the_seed(small_shapes: Dataset)
         assert not torch.equal(states[1], torch.get_rng_state())
 
 
+def test_kernels_repeat_in_training_and_the_settings_are_put_back(small_shapes: Dataset) -> None:
+    def settings() -> tuple[Any, ...]:
+        filling, cudnn = torch.utils.deterministic, torch.backends.cudnn
+        mode, fills = torch.get_deterministic_debug_mode(), filling.fill_uninitialized_memory
+        return mode, fills, cudnn.deterministic, cudnn.benchmark
+
+    before, seen = settings(), []
+    train(
+        network(), small_shapes, SGD, epochs=1, seed=0, on_epoch=lambda _: seen.append(settings())
+    )
+    assert seen == [(1, False, True, False)] and settings() == before == (0, True, False, False)
+
+
 def test_batch_norms_with_frozen_parameters_stay_in_evaluation_mode() -> None:
     model = network("resnet20").eval()
     model.bn1.requires_grad_(False)
@@ -374,7 +394,7 @@ def test_a_network_is_compiled_or_runs_eagerly_with_one_warning(
     def fail(*_: Tensor) -> None:
         raise NotImplementedError("no compiler here")
 
-    def compile_(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
+    def compile_(module: nn.Module, mode: str, dynamic: bool) -> Callable[[Tensor], Tensor]:
         forward = compile_with_torch(module, backend="eager")
 
         def counted(images: Tensor) -> Tensor:
