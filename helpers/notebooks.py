@@ -11,14 +11,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,17 +38,21 @@ from helpers.config import ROOT, Study, write_atomically
 from helpers.data import check_dataset
 
 NOTEBOOKS_DIR, REQUIREMENTS = ROOT / "notebooks", ROOT / "requirements.txt"
+DRIVE = Path("/content/drive")
 
 
 def set_up(keep_runs_on_drive: bool = False) -> None:
     """Prepare Colab: install what's missing, and keep runs on Drive if wanted. Elsewhere: nothing.
 
-    Only packages that aren't there in any version are installed, so the preinstalled torch stays.
+    Only what a notebook imports is installed, and only packages that aren't there in any version,
+    so the preinstalled torch stays. Training writes to the local disk, since on Drive there are no
+    locks and each checkpoint would fill its trash; finished runs are copied there within a minute.
     """
     if "google.colab" not in sys.modules:
         return
     there = {re.sub("[-_.]+", "-", d.name.lower()) for d in metadata.distributions()}
-    lines = [line.split("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines()]
+    needed = REQUIREMENTS.read_text().split("# --- only for make")[0].splitlines()
+    lines = [line.split("#")[0].strip() for line in needed]
     missing = [line for line in lines if line and re.split("[<>=]", line)[0] not in there]
     if missing:
         print(f"installing {', '.join(missing)}")
@@ -52,9 +60,36 @@ def set_up(keep_runs_on_drive: bool = False) -> None:
     if keep_runs_on_drive:
         from google.colab import drive
 
-        drive.mount("/content/drive")
-        os.environ["RUNS_DIR"] = "/content/drive/MyDrive/resnet-study/runs"
-        config.study.cache_clear()
+        drive.mount(str(DRIVE))
+        here = Path(os.environ.setdefault("RUNS_DIR", str(ROOT / "runs")))
+        keep_runs(here, DRIVE / "MyDrive" / "resnet-study" / "runs")
+
+
+@functools.cache  # once, however often the cell is run
+def keep_runs(here: Path, there: Path, seconds: float = 60.0) -> None:
+    """Fetch finished runs from another folder, and from now on copy new ones to it."""
+    copy_finished(there, here)
+
+    def watch() -> None:
+        while True:
+            try:
+                copy_finished(here, there)
+            except OSError as error:  # Drive is full, or gone for a while
+                warnings.warn(f"can't copy runs ({error}): trying again", stacklevel=1)
+            time.sleep(seconds)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def copy_finished(source: Path, target: Path) -> None:
+    """Copy the finished runs that aren't in the target yet, each whole or not at all."""
+    for result in source.glob("*/result.json"):
+        run = target / result.parent.name
+        if not (run / "result.json").exists():
+            shutil.rmtree(unfinished := run.with_name(f".{run.name}"), ignore_errors=True)
+            shutil.copytree(result.parent, unfinished)
+            shutil.rmtree(run, ignore_errors=True)
+            unfinished.rename(run)
 
 
 def find_notebooks(names: Sequence[str] = ("",)) -> list[Path]:

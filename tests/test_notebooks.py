@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -152,6 +153,20 @@ class TestSetUpCell:
         assert sys.path[0] == str(tmp_path / "content" / "resnet-study")
         # A second notebook of the same session finds the clone.
         assert self.run_cell(tmp_path, monkeypatch, colab=True) == []
+
+
+def test_on_colab_a_kernel_gets_what_notebooks_and_helpers_import() -> None:
+    needed = notebooks.REQUIREMENTS.read_text().split("# --- only for make")[0]
+    installed = set(re.findall(r"^([a-z][\w-]*)", needed, re.MULTILINE))
+    assert "torch" in installed and not installed & {"jupyterlab", "pytest", "ruff", "typst"}
+    sources = [path.read_text() for path in (ROOT / "helpers").glob("*.py")]
+    sources += ["\n".join(cell.source for cell in code_cells(path)) for path in PATHS]
+    imported = {n for text in sources for n in re.findall(r"^\s*(?:import|from) (\w+)", text, re.M)}
+    # Colab's own, the optional Ray, and what comes with ipywidgets and nbclient.
+    imported -= {*sys.stdlib_module_names, "helpers", "google", "ray", "IPython", "traitlets"}
+    distributions = metadata.packages_distributions()
+    for name in imported:
+        assert installed & {found.lower().replace("_", "-") for found in distributions[name]}, name
 
 
 def test_readme_names_every_notebook_and_make_target() -> None:

@@ -221,26 +221,55 @@ def test_set_up_prepares_colab_and_does_nothing_elsewhere(
     requirements = tmp_path / "requirements.txt"
     requirements.write_text(
         "# networks\ntorch>=2.6\nopencv-python>=4.9  # cv2\nscikit-learn>=1.4\npillow\n\n"
-        "surely-not-installed>=1.0  # why\nnor-this==2\n"
+        "surely-not-installed>=1.0  # why\nnor-this==2\n# --- only for make: ---\nnobody-has>=1\n"
     )
-    commands, mounted = [], []
+    steps = []
     monkeypatch.setattr(notebooks, "REQUIREMENTS", requirements)
-    monkeypatch.setattr(subprocess, "run", lambda *command, **how: commands.append((command, how)))
+    monkeypatch.setattr(subprocess, "run", lambda command, check: steps.append((command, check)))
+    monkeypatch.setattr(notebooks, "keep_runs", lambda *folders: steps.append(folders))
     before = config.study(), dict(os.environ)
     notebooks.set_up(keep_runs_on_drive=True)
-    assert commands == [] and (config.study(), dict(os.environ)) == before
+    assert steps == [] and (config.study(), dict(os.environ)) == before
     colab = types.ModuleType("google.colab")
-    colab.drive = types.SimpleNamespace(mount=mounted.append)
+    colab.drive = types.SimpleNamespace(mount=steps.append)
     monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
     monkeypatch.setitem(sys.modules, "google.colab", colab)
     notebooks.set_up()
     command = [sys.executable, "-m", "pip", "install", "-q"]
     command += ["surely-not-installed>=1.0", "nor-this==2"]
-    assert commands == [((command,), {"check": True})]  # whose failure isn't passed over
-    assert (config.study(), mounted) == (before[0], [])
+    assert steps == [(command, True)]  # whose failure isn't passed over
     notebooks.set_up(keep_runs_on_drive=True)
-    assert mounted == ["/content/drive"]
-    assert config.study().runs_dir.is_relative_to(mounted[0])
+    runs = config.study().runs_dir, Path("/content/drive/MyDrive/resnet-study/runs")
+    assert steps[1:] == [(command, True), "/content/drive", runs]
+    assert (config.study(), dict(os.environ)) == before  # training goes on writing here
+
+
+@pytest.mark.filterwarnings("error")
+def test_finished_runs_are_fetched_from_drive_and_copied_to_it(tmp_path: Path) -> None:
+    here, drive = tmp_path / "here", tmp_path / "drive"
+
+    def write(folder: Path, *names: str) -> None:
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_text(str(folder))
+
+    def arrived(run: str) -> bool:
+        return (drive / run / "result.json").exists()
+
+    write(drive / "earlier", "result.json", "model.safetensors")
+    write(drive / "cut off", "model.safetensors")  # by a copy that was cut off, before the rename
+    notebooks.keep_runs(here, drive, seconds=0.2)
+    notebooks.keep_runs(here, drive, seconds=0.2)  # the cell is run again
+    assert [path.name for path in here.iterdir()] == ["earlier"]
+    write(here / "running", "resume.pt", "lock")
+    write(here / "cut off", "model.safetensors", "result.json")
+    deadline = time.monotonic() + 60
+    while not arrived("cut off"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert (drive / "cut off" / "model.safetensors").read_text() == str(here / "cut off")
+    assert (drive / "earlier" / "result.json").read_text() == str(drive / "earlier")
+    assert sorted(path.name for path in drive.iterdir()) == ["cut off", "earlier"]
 
 
 def test_clock() -> None:

@@ -270,9 +270,8 @@ def test_kernels_repeat_in_training_and_the_settings_are_put_back(small_shapes: 
         return mode, fills, cudnn.deterministic, cudnn.benchmark
 
     before, seen = settings(), []
-    train(
-        network(), small_shapes, SGD, epochs=1, seed=0, on_epoch=lambda _: seen.append(settings())
-    )
+    options = {"epochs": 1, "seed": 0, "on_epoch": lambda _: seen.append(settings())}
+    train(network(), small_shapes, SGD, **options)
     assert seen == [(1, False, True, False)] and settings() == before == (0, True, False, False)
 
 
