@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_PEERS := $(VENV)/.installed-peers
 INSTALLED_RAY := $(VENV)/.installed-ray
 
-.PHONY: help study test lab report publish bench soak golden clean
+.PHONY: help study test lab report publish bench soak golden gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,7 +20,8 @@ help:
 	@echo "make lab       open JupyterLab in notebooks/"
 	@echo "make report    build the report of a study that has run"
 	@echo "make bench     measure speed against reference loops and peer libraries"
-	@echo "make soak      kill a training 100 times and compare with the uninterrupted one"
+	@echo "make gpu-check measure, repeat, kill and compare on a GPU; writes benchmarks/GPU.md"
+	@echo "make soak      kill trainings about 100 times and compare with uninterrupted ones"
 	@echo "make golden    compare weights, maps and fingerprints with the golden record"
 	@echo "make publish   run the study; replace notebooks/, report.pdf and README tables by it"
 	@echo "make clean     remove the environment (runs and results stay)"
@@ -64,7 +65,10 @@ bench: $(INSTALLED_PEERS)
 	$(BIN)/python -m benchmarks
 
 soak: $(INSTALLED)
-	$(BIN)/python -m benchmarks.soak --kills 100
+	for round in 1 2 3 4 5 6 7 8; do $(BIN)/python -m pytest -q tests/test_resume.py -k killed || exit 1; done
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu
 
 golden: $(INSTALLED)
 	$(BIN)/python -m benchmarks.golden

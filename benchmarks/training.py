@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -94,6 +95,22 @@ def rows(what: str, unit: str, times: dict[str, list[float]], work: int, target:
     return lines
 
 
+def our_trainer(
+    loader: Loader, recipe: Recipe, width: float, compiled: bool
+) -> tuple[nn.Module, Callable[[], float]]:
+    """Return a ResNet-18 and a call that trains it for an epoch and returns the seconds."""
+    device, dtype = loader.device, config.compute_dtype(loader.device)
+    model = build_model("resnet18", num_classes=10, width=width)
+    model.to(device, memory_format=config.memory_format(device))
+    forward = training.compiled(model, loader, dtype) if compiled else model
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    state = training.State(model, training.make_optimizer(model, recipe), scaler, dtype, [])
+    steps = len(loader)
+    return model, lambda: timed(
+        lambda: training.train_epoch(state, forward, loader, recipe, 0, steps)
+    )
+
+
 def measure(count: int, batch: int, width: float) -> list[str]:
     """Return the table's lines: training, augmentation, evaluation."""
     device = config.choose_device()
@@ -107,17 +124,8 @@ def measure(count: int, batch: int, width: float) -> list[str]:
     per_image = PerImage(dataset.train, mean.tolist(), std.tolist(), train=True)
     loader = Loader(dataset.train, mean, std, batch, Augmentation(), device=device)
 
-    ours = build_model("resnet18", num_classes=10, width=width)
-    ours.to(device, memory_format=torch.channels_last)
-    forward = (
-        training.compiled(ours, loader, dtype) if device.type in training.COMPILED_DEVICES else ours
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = training.State(ours, training.make_optimizer(ours, recipe), scaler, dtype, [])
-
-    def our_epoch() -> float:
-        return timed(lambda: training.train_epoch(state, forward, loader, recipe, 0, len(loader)))
-
+    compiled = device.type in training.COMPILED_DEVICES
+    ours, our_epoch = our_trainer(loader, recipe, width, compiled)
     reference = build_model("resnet18", num_classes=10, width=width).to(device)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.01, **sgd)
 

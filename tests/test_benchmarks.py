@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from benchmarks import executors, gradcam, training
+from benchmarks import executors, gpu, gradcam, training
 
 
 def test_training() -> None:
@@ -27,3 +28,10 @@ def test_executors() -> None:
     text = executors.markdown(tiny=True)
     assert text.startswith("## Executors")
     assert f"| {executors.LOCAL} |" in text and "| processes, 1 core a run |" in text
+
+
+def test_gpu_rehearsed_on_a_cpu() -> None:
+    text = gpu.markdown(torch.device("cpu"), tiny=True)
+    assert "this was a CPU" in text and "| eager, fastest |" in text
+    assert "| simple_cnn | the same bits | the same bits (exit code -9) |" in text
+    assert text.count("| 0 |") == 7, "the maps of every method"
