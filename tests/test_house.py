@@ -23,8 +23,8 @@ FLOORS = {
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 OPTIONAL = {"ray", "google", "ipywidgets", "IPython"}  # which an installation may lack
 MODULES = {path.stem: path for path in sorted((ROOT / "helpers").glob("[!_]*.py"))}
-# Lines in all. They may only fall: 4,000 for helpers and 6,500 for tests is where they are to go.
-LIMITS = {"helpers": 5030, "benchmarks": 900, "tests": 6900}
+# Lines in all. They may only fall: 4,000 for helpers is where they are to go.
+LIMITS = {"helpers": 4460, "benchmarks": 900, "tests": 6500}
 ENVIRONMENT = ("config", "notebooks")  # which hands it on to the processes that it starts
 LONGEST_MODULE, LONGEST_FUNCTION = 420, 60
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
