@@ -91,8 +91,7 @@ def maps(device: torch.device) -> list[str]:
 
 def markdown(device: torch.device, tiny: bool = False) -> str:
     begun, about = time.perf_counter(), runs.machine(device) | {"kernel": platform.release()}
-    about |= {"driver": config.nvidia_gpu() or "none", "CUDA": torch.version.cuda}
-    about["cuDNN"] = torch.backends.cudnn.version()
+    about |= {"driver": config.nvidia_gpu() or "none", "cuDNN": torch.backends.cudnn.version()}
     lines = ["# On a GPU", "", ", ".join(f"{name} {value}" for name, value in about.items()), ""]
     if device == CPU:
         lines += ["**A rehearsal: this was a CPU. Nothing here says anything about a GPU.**", ""]

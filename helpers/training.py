@@ -339,7 +339,7 @@ def train(
     With `patience`, training stops when the validation loss hasn't fallen for that many epochs,
     and the network gets the weights of the best epoch (Prechelt, 1998). `rate_factor` is that of
     `make_optimizer`. In a `folder`, history.csv is written after each epoch and resume.pt, from
-    which the run goes on if it is there, at most every `checkpoint_seconds`. On the same machine
+    which the run goes on if it is there, at most every `checkpoint_seconds`. On the same CPU
     and software weights and history are the same bit for bit, however often it was cut off.
 
     Raises ValueError for a batch larger than the training split or a resume.pt that can't be used,

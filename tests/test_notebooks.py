@@ -173,8 +173,8 @@ def test_readme_names_every_notebook_and_make_target() -> None:
     text = (ROOT / "README.md").read_text()
     for path in PATHS:
         assert path.stem in text
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    commands = re.findall(r"(?:`|^    )make ([a-z]+)", text, re.MULTILINE)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE)
     assert {"study", "test"} <= set(commands)
     for target in commands:
         assert target in targets, target
