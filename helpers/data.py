@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -161,7 +162,9 @@ def _unpacked_jpeg(data_dir: Path) -> Path:
             if not archive.exists():
                 archive = Path(folder, "downloaded.tar.gz")
                 torch.hub.download_url_to_file(JPEG_FILES, str(archive), progress=False)
-            shutil.unpack_archive(archive, Path(folder, "unpacked"), filter="data")
+            # Pythons before 3.10.12 and 3.11.4 can't be told to stay in the folder.
+            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            shutil.unpack_archive(archive, Path(folder, "unpacked"), **safe)
             next(Path(folder, "unpacked").iterdir()).rename(root)
     return root
 

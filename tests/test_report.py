@@ -24,6 +24,15 @@ spec.loader.exec_module(report_build)
 PUBLISHED = report_build.published_sets()
 
 
+def a_study_has_run() -> bool:
+    """Whether `make study` has replaced committed results here, as the README has one do first."""
+    command = ["git", "status", "--porcelain", "--", "analysis"]
+    return bool(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
+
+
+committed = pytest.mark.skipif(a_study_has_run(), reason="a study has replaced committed results")
+
+
 @pytest.fixture
 def copied_set(tmp_path: Path) -> Path:
     folder = tmp_path / "analysis" / PUBLISHED[0].name
@@ -44,10 +53,12 @@ def change_data(folder: Path, name: str, **changes: str) -> None:
     write_results(folder, name, values | {"data": values["data"] | changes})
 
 
+@committed
 def test_report_is_that_of_the_committed_results() -> None:
     assert (ROOT / "report" / "report.pdf").read_bytes() == report_build.build(PUBLISHED[0])
 
 
+@committed
 def test_readme_tables_are_those_of_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert text == report_build.fill_readme(text, PUBLISHED[0])
