@@ -163,7 +163,7 @@ def make_run(study: Study, dataset: Dataset, model: str, *, seed: int, **changes
     fields |= {f"{split}_size": len(getattr(dataset, split)) for split in SPLITS}
     fields |= {name: getattr(study.profile, name) for name in ("width", "epochs")} | changes
     recipe = fields.pop("recipe", RECIPES[study.profile.recipe])
-    most = min(study.profile.batch_size, len(dataset.train))
+    most = min(study.profile.batch_size, fields["train_size"] or len(dataset.train))
     recipe = replace(recipe, batch_size=min(recipe.batch_size, most))
     return Run(dataset=dataset.name, model=model, recipe=recipe, seed=seed, **fields)
 

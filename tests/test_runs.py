@@ -218,6 +218,7 @@ def test_a_study_makes_runs_at_its_profiles_size(profile: str, small_study: Stud
         assert torch.equal(getattr(loaded, split).images, getattr(dataset, split).images)
     few = replace(dataset, train=dataset.train.first(7))
     assert make_run(study, few, "resnet18", seed=1).recipe.batch_size == 7
+    assert make_run(study, dataset, "resnet18", seed=1, train_size=5).recipe.batch_size == 5
     changed = make_run(study, dataset, "resnet18", seed=1, patience=3, epochs=5, test_size=9)
     assert (changed.patience, changed.epochs, changed.test_size) == (3, 5, 9)
 
