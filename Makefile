@@ -23,7 +23,8 @@ help:
 	@echo "make gpu-check measure, repeat, kill and compare on a GPU; writes benchmarks/GPU.md"
 	@echo "make soak      kill trainings about 100 times and compare with uninterrupted ones"
 	@echo "make golden    compare weights, maps and fingerprints with the golden record"
-	@echo "make publish   run the study; replace notebooks/, report.pdf and README tables by it"
+	@echo "make publish   run the study; replace notebooks/, report.pdf and README tables by it,"
+	@echo "               and put its runs into analysis/<set>/runs/, where others find them"
 	@echo "make clean     remove the environment (runs and results stay)"
 
 $(INSTALLED): requirements.txt pyproject.toml
@@ -58,7 +59,7 @@ report: $(INSTALLED)
 	$(BIN)/python report/build.py
 
 publish: $(INSTALLED)
-	$(BIN)/python -m helpers.notebooks --publish
+	PUBLISH=yes $(BIN)/python -m helpers.notebooks --publish
 	$(BIN)/python report/build.py --publish
 
 bench: $(INSTALLED_PEERS)

@@ -9,7 +9,8 @@ This is the only module that reads the environment. A study is decided by
 
 and by RUNS_DIR, DATA_DIR, ANALYSIS_DIR, DEVICE (auto, cpu, cuda or mps) and PROGRESS. EXECUTOR says
 whether runs are trained one after the other (local) or several at a time, on CORES_PER_RUN cores
-each (processes, as on a CPU if nothing is said, or ray).
+each (processes, as on a CPU if nothing is said, or ray). PUBLISH=yes writes every run that is read
+into the study's set as well.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class Study:
     progress: str = "bar"  # or "none", or "file:PATH", see `helpers.executors`
     executor: str = "local"
     cores_per_run: int = 1
+    publish: bool = False  # whether runs are also written to `published_dir`
 
     @property
     def set_name(self) -> str:
@@ -123,6 +125,11 @@ class Study:
     def figures_dir(self) -> Path:
         """Where this study's figures go."""
         return self.analysis_dir / self.set_name / "figures"
+
+    @property
+    def published_dir(self) -> Path:
+        """Where this study's runs are published, each as one file."""
+        return self.analysis_dir / self.set_name / "runs"
 
     @property
     def results_dir(self) -> Path:
@@ -207,6 +214,7 @@ def study() -> Study:
         progress=choice("PROGRESS", "bar", "bar|none|file:.+", "bar, none or file:PATH"),
         executor=choice("EXECUTOR", executor, "local|processes|ray", "local, processes or ray"),
         cores_per_run=count("CORES_PER_RUN", -(-cores // 4), "CPU cores"),
+        publish=choice("PUBLISH", "no", "no|yes", "yes or no") == "yes",
     )
 
 

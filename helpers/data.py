@@ -141,13 +141,16 @@ def fingerprint(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+Arrays = dict[str, np.ndarray]
+
+
+def cached(path: Path, make: Callable[[], Arrays], save: Callable[..., None] = np.savez) -> Arrays:
     """Return the arrays of an npz file; if it's missing or damaged, they are made and stored."""
     # The file has a checksum for each array; numpy raises nearly anything when it is damaged.
     with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as stored:
         return dict(stored)
     arrays, content = make(), io.BytesIO()
-    np.savez(content, **arrays)
+    save(content, **arrays)
     with contextlib.suppress(OSError):  # a full or read-only disk costs time, nothing else
         write_atomically(path, content.getbuffer())
     return arrays

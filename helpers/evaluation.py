@@ -200,11 +200,27 @@ def seeds_interval(values: np.ndarray) -> Interval:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the measurements say of a claim: a word, and a line that gives the reason."""
+    """What the measurements say of a claim: a word, and the effects that are the reason.
+
+    `source` is how others put the claim, if they did.
+    """
 
     claim: str
     word: str
-    reason: str
+    effects: Mapping[str, Interval]
+    unit: str
+    trained_out: bool
+    source: str
+
+    @property
+    def reason(self) -> str:
+        """The effects with their intervals, as text."""
+        written = (lambda x: percent(x, "+")) if self.unit == "points" else "{:+.2f}".format
+        parts = []
+        for name, effect in self.effects.items():
+            mean, low, high = map(written, (effect.mean, effect.low, effect.high))
+            parts.append(f"{name} {mean} {self.unit}".strip() + f" [{low}, {high}]")
+        return "; ".join(parts)
 
     def __str__(self) -> str:
         return f"**{self.word.capitalize()}.** {self.claim}: {self.reason}."
@@ -217,6 +233,7 @@ def verdict(
     smallest: float = SMALLEST_DIFFERENCE,
     trained_out: bool = True,
     unit: str = "points",
+    source: str = "",
 ) -> Verdict:
     """Judge a claim by the interval of an effect that is positive where it holds.
 
@@ -226,11 +243,6 @@ def verdict(
     capacity: the budget was too small. `unit` "points" writes percentages, others plain numbers.
     """
     effects = {"": effect} if isinstance(effect, Interval) else effect
-    written = (lambda x: percent(x, "+")) if unit == "points" else "{:+.2f}".format
-    parts = []
-    for name, e in effects.items():
-        mean, low, high = map(written, (e.mean, e.low, e.high))
-        parts.append(f"{name} {mean} {unit}".strip() + f" [{low}, {high}]")
     word = "not decided"
     if not trained_out:
         word = "budget too small"
@@ -238,7 +250,7 @@ def verdict(
         word = "holds"
     elif any(e.high < smallest for e in effects.values()):
         word = "does not hold"
-    return Verdict(claim, word, "; ".join(parts))
+    return Verdict(claim, word, effects, unit, trained_out, source)
 
 
 def multiply_adds(model: nn.Module, image_size: int, in_channels: int = 3) -> int:

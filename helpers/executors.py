@@ -26,7 +26,7 @@ from tqdm.std import tqdm as plain_bar
 from helpers.config import ROOT, Study
 from helpers.data import Dataset
 from helpers.evaluation import multiply_adds
-from helpers.runs import Result, Run, RunError, load_or_train, make_run
+from helpers.runs import Result, Run, RunError, is_finished, load_or_train, make_run
 
 Settings = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
 
@@ -57,11 +57,6 @@ def train_all(runs: Sequence[Run], study: Study, *, title: str = "runs") -> dict
         if missing and study.executor != "local":
             train_in_processes(sorted(missing, key=cost, reverse=True), study)
         return {run: load_or_train(run, study) for run in runs}
-
-
-def is_finished(run: Run, study: Study) -> bool:
-    """Tell whether a run's result is stored."""
-    return (study.runs_dir / run.key / "result.json").exists()
 
 
 def train_in_processes(runs: Sequence[Run], study: Study) -> None:

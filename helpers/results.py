@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pandas as pd
 import torch
 
 from helpers.config import Study, dataset_slug, write_atomically
-from helpers.data import SPLITS, Dataset
+from helpers.data import SPLITS, Dataset, cached
 from helpers.evaluation import Interval, Verdict, seeds_intervals
 from helpers.runs import Result, machine
 
@@ -57,6 +59,21 @@ def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict
     return seeds_intervals(paired)
 
 
+def computed(
+    study: Study, function: Callable[..., dict[str, np.ndarray]], result: Result, *arguments: Any
+) -> dict[str, np.ndarray]:
+    """Return function(result, *arguments), arrays by name, from the study's set if they are there.
+
+    For what needs a trained network: its answers to other images, maps, times. It is computed anew
+    if the function's source text, the run or an argument (by its `repr`) changes. If something does
+    that the function takes from around it, delete the set's folder computed/.
+    """
+    about = "\n".join([inspect.getsource(function), result.run.key, *map(repr, arguments)])
+    name = f"{function.__name__}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.npz"
+    path = study.results_dir.parent / "computed" / name
+    return cached(path, lambda: function(result, *arguments), np.savez_compressed)
+
+
 def describe_data(dataset: Dataset, role: str = "study") -> dict[str, Any]:
     """Return what a result file says of a dataset; its role is "second" besides the study's own."""
     names = ("title", "classes", "image_size", "fingerprint")
@@ -79,7 +96,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Interval):
         return asdict(value) | {"text": value.percent()}
     if isinstance(value, Verdict):
-        return {"claim": value.claim, "verdict": value.word, "text": str(value)}
+        about = {"verdict": value.word, "text": str(value), "effect": value.reason}
+        return vars(value) | about | {"seeds": min(e.n for e in value.effects.values())}
     if isinstance(value, pd.DataFrame):
         table = value.reset_index().astype(str)
         return {"columns": list(map(str, table.columns)), "rows": table.to_numpy().tolist()}

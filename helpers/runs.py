@@ -1,6 +1,8 @@
 """Runs and their results: describe once, train once, read for ever.
 
 A `Run` holds everything that decides a result; equal Runs share one, which is kept in runs/<key>/.
+Those of a published set are also kept beside its figures, each as one small file, and are read from
+there before anything is trained.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import io
 import json
 import platform
 import re
+import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -181,7 +184,7 @@ class Result:
     """
 
     run: Run
-    folder: Path
+    study: Study = field(repr=False)
     history: pd.DataFrame = field(repr=False)
     metrics: dict[str, dict[str, float]] = field(repr=False)
     best_epoch: int
@@ -196,6 +199,11 @@ class Result:
     validation_labels: Tensor = field(repr=False)
 
     @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.study.runs_dir / self.run.key
+
+    @property
     def test_accuracy(self) -> float:
         """Top-1 accuracy on the test split, in [0, 1]."""
         return self.metrics["test"]["accuracy"]
@@ -206,9 +214,19 @@ class Result:
         return (self.test_logits.argmax(1) == self.test_labels).double().numpy()
 
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
-        """Return the trained network in evaluation mode."""
+        """Return the trained network in evaluation mode.
+
+        Not every published run has its weights: one that lacks them is trained for them, and says
+        so.
+        """
+        weights = self.folder / "model.safetensors"
+        if not weights.exists():
+            print(f"{self.run.key} was published without weights: training it")
+            with FileLock(self.folder / "lock"):
+                if not weights.exists():
+                    _train(self.run, self.study, self.folder)
         model = self.run.build(len(self.classes), self.image_size)
-        finetuning.load_weights(model, (self.folder / "model.safetensors").read_bytes())
+        finetuning.load_weights(model, weights.read_bytes())
         return model.to(device).eval()
 
 
@@ -226,8 +244,9 @@ def machine(device: torch.device, dtype: torch.dtype | None = None) -> dict[str,
     }
 
 
-def load_result(run: Run, folder: Path) -> Result:
+def load_result(run: Run, study: Study) -> Result:
     """Read a finished run, each file checked against its SHA-256; RunError if it is damaged."""
+    folder = study.runs_dir / run.key
     if not (folder / "result.json").exists():
         raise FileNotFoundError(f"there is no finished run in {folder}")
     try:
@@ -239,27 +258,99 @@ def load_result(run: Run, folder: Path) -> Result:
         history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
         summary["classes"] = tuple(summary["classes"])
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return Result(run, folder, history, **summary, **tensors)
+        tensors = {n: t.float() if "logits" in n else t.long() for n, t in tensors.items()}
+        return Result(run, study, history, **summary, **tensors)
     except Exception as error:  # damaged JSON or arrays raise nearly anything
         advice = "Delete the folder to train this run again."
         raise RunError(f"the result in {folder} is damaged ({error}). {advice}") from None
 
 
 def load_or_train(run: Run, study: Study, **options: Any) -> Result:
-    """Return a run's Result: stored if it's there and whole, resumed or trained otherwise.
+    """Return a run's Result: stored or published if it's there, else resumed or trained.
 
     Of two processes that ask for the same run, one trains, the other waits and loads (a lock of
     the operating system, which dies with its process). `on_epoch` and `checkpoint_seconds` are
     those of `training.train`. Raises RunError for a damaged run, and what `train` raises.
     """
-    folder = study.runs_dir / run.key
+    folder, published = study.runs_dir / run.key, study.published_dir / f"{run.key}.zip"
     if not (folder / "result.json").exists():
         content = json.dumps(asdict(run), indent=1).encode()
         write_atomically(folder / "run.json", content)  # says what to do if nothing can be written
         with FileLock(folder / "lock"):
-            if not (folder / "result.json").exists():  # else another process finished it meanwhile
+            if (folder / "result.json").exists():
+                pass  # another process finished it meanwhile
+            elif published.exists():
+                unpack(published, folder)
+            else:
                 _train(run, study, folder, **options)
-    return load_result(run, folder)
+    result = load_result(run, study)
+    if study.publish and not published.exists():
+        publish(result, published)
+    return result
+
+
+def is_finished(run: Run, study: Study) -> bool:
+    """Tell whether a run's result is stored or published."""
+    stored = study.runs_dir / run.key / "result.json"
+    return stored.exists() or (study.published_dir / f"{run.key}.zip").exists()
+
+
+def publish(result: Result, path: Path) -> None:
+    """Write a finished run as one small file: history, metrics, and predictions in float16.
+
+    The first seed's weights are in it, in float16, if a network was trained as the profile says or
+    pruned: more would fill a repository. From each image's logits their largest is subtracted, so
+    that rounding changes no prediction.
+    """
+    run, profile = result.run, result.study.profile
+    recipe = replace(RECIPES[profile.recipe], batch_size=run.recipe.batch_size)
+    own = {"width": profile.width, "epochs": profile.epochs, "recipe": recipe, "start": None}
+    own |= {"stem": "auto", "residual": True, "dropout": 0.0, "patience": None}
+    arrays, files = {}, {"history.csv": (result.folder / "history.csv").read_bytes()}
+    for split in SPLITS[1:]:
+        logits, labels = (getattr(result, f"{split}_{what}") for what in ("logits", "labels"))
+        arrays[f"{split}_logits"] = (logits - logits.amax(1, keepdim=True)).half().numpy()
+        arrays[f"{split}_labels"] = labels.to(torch.int16).numpy()
+    files["predictions.npz"] = _compressed(arrays)
+    as_is = replace(run, **own) == run or isinstance(run.start, Pruning)
+    if run.seed == profile.seeds[0] and as_is:
+        files["model.safetensors"] = finetuning.weights_file(result.load_model().half())
+    summary, packed = json.loads((result.folder / "result.json").read_bytes()), io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in _sealed(files, summary).items():
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    write_atomically(path, packed.getvalue())
+
+
+def unpack(published: Path, folder: Path) -> None:
+    """Write a published run's files as if it had been trained here; RunError if it is damaged."""
+    try:
+        with zipfile.ZipFile(published) as archive:
+            files = {
+                name: archive.read(name) for name in RESULT_FILES if name in archive.namelist()
+            }
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise RunError(f"{published} is damaged ({error}); delete it to train the run") from None
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+
+
+# In the order in which they are written: a folder that has the last one is complete.
+RESULT_FILES = ("history.csv", "predictions.npz", "model.safetensors", "result.json")
+
+
+def _sealed(files: dict[str, bytes], summary: dict[str, Any]) -> dict[str, bytes]:
+    """Return a run's files and, last, result.json with the SHA-256 of each."""
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    result = json.dumps(summary | {"files": digests}, indent=1).encode()
+    return files | {"result.json": result}
+
+
+def _compressed(arrays: dict[str, np.ndarray]) -> bytes:
+    """Return arrays as the content of an npz file."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    return content.getvalue()
 
 
 def _train(run: Run, study: Study, folder: Path, **options: Any) -> None:
@@ -272,21 +363,18 @@ def _train(run: Run, study: Study, folder: Path, **options: Any) -> None:
     options |= {"rate_factor": getattr(run.start, "rate_factor", 1.0), "device": study.device}
     trained = train(network, dataset, run.recipe, folder=folder, **options)
     finetuning.make_permanent(trained.model)
-    scores, arrays, predictions = {}, {}, io.BytesIO()
+    scores, arrays = {}, {}
     for name in SPLITS:
         split = getattr(dataset, name)
         logits = predict(trained.model, split, *dataset.channel_statistics)
         scores[name] = metrics(logits, split.labels)
         if name != "train":
             arrays |= {f"{name}_logits": logits.numpy(), f"{name}_labels": split.labels.numpy()}
-    np.savez_compressed(predictions, **arrays)
     files = {
-        "predictions.npz": predictions.getvalue(),
-        "model.safetensors": finetuning.weights_file(trained.model),
         "history.csv": (folder / "history.csv").read_bytes(),
+        "predictions.npz": _compressed(arrays),
+        "model.safetensors": finetuning.weights_file(trained.model),
     }
-    for name, content in files.items():
-        write_atomically(folder / name, content)
     summary = {
         "classes": list(dataset.classes),
         "image_size": dataset.image_size,
@@ -295,9 +383,9 @@ def _train(run: Run, study: Study, folder: Path, **options: Any) -> None:
         "stopped_early": len(trained.history) < run.epochs,
         "seconds": sum(record.seconds for record in trained.history),
         "machine": machine(study.device, trained.dtype),
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
-    write_atomically(folder / "result.json", json.dumps(summary, indent=1).encode())
+    for name, content in _sealed(files, summary).items():
+        write_atomically(folder / name, content)
     (folder / "resume.pt").unlink(missing_ok=True)
 
 

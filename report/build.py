@@ -33,6 +33,8 @@ def build(set_folder: Path) -> bytes:
             f"{set_folder} has no results; run `make study` with the same PROFILE and DATASET first"
         )
     check_one_dataset(set_folder)
+    claims = json.dumps(claims_of_others(set_folder), indent=1)
+    write_atomically(set_folder / "results" / "claims.json", claims.encode())
     # Typst reads below one root only; a set elsewhere (ANALYSIS_DIR) is linked in by its own root.
     root = ROOT if set_folder.is_relative_to(ROOT) else Path("/")
     try:
@@ -48,6 +50,17 @@ def build(set_folder: Path) -> bytes:
             f"the report of {set_folder} can't be built: {error}. If a result or figure is "
             "missing, run all notebooks with `make study`."
         ) from error
+
+
+def claims_of_others(set_folder: Path) -> list[dict[str, object]]:
+    """Return the set's verdicts on what others claim, those that have a source, by notebook."""
+    names = ("source", "claim", "verdict", "effect", "effects", "unit", "seeds", "trained_out")
+    return [
+        {"notebook": path.stem} | {name: claim[name] for name in names}
+        for path in sorted((set_folder / "results").glob("[0-9][0-9]_*.json"))
+        for claim in json.loads(path.read_text()).get("claims", ())
+        if claim.get("source")
+    ]
 
 
 def check_one_dataset(set_folder: Path) -> None:
@@ -112,7 +125,8 @@ def results_section(set_folder: Path) -> str:
 def published_sets() -> list[Path]:
     """Return the folders of the sets that are committed: those that .gitignore lets through."""
     lines = (ROOT / ".gitignore").read_text().splitlines()
-    return [ROOT / line[1:].strip("/") for line in lines if line.startswith("!analysis/")]
+    folders = [ROOT / line[1:].strip("/") for line in lines if line.startswith("!analysis/")]
+    return [folder for folder in folders if (folder / "results").is_dir()]
 
 
 def profile_table() -> str:

@@ -236,7 +236,7 @@ def test_a_changed_result_is_refused_and_stays(study: config.Study, result: runs
         with refused(
             FileNotFoundError if name == "result.json" else RunError, naming=str(result.folder)
         ):
-            runs.load_result(result.run, result.folder)
+            runs.load_result(result.run, result.study)
         (result.folder / name).write_bytes(contents[name])
 
 
@@ -248,7 +248,7 @@ def test_code_in_stored_arrays_is_not_executed(tmp_path: Path, result: runs.Resu
     summary["files"]["predictions.npz"] = hashlib.sha256(buffer.getvalue()).hexdigest()
     (result.folder / "result.json").write_text(json.dumps(summary))
     with refused(RunError, naming=str(result.folder)):
-        runs.load_result(result.run, result.folder)
+        runs.load_result(result.run, result.study)
     assert not marker.exists()
 
 

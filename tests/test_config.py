@@ -62,11 +62,6 @@ def test_every_variable_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert study() is found, "the environment is read once"
 
 
-def test_a_batch_size_above_the_profiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BATCH_SIZE", "65")
-    assert study().profile == PROFILES["quick"]
-
-
 @pytest.mark.parametrize(
     ("variable", "values", "expected"),
     [
@@ -160,11 +155,6 @@ def test_number_format_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> 
         for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, check, lambda native=native: native, raising=False)
         assert config.compute_dtype(CPU) is dtype
-
-
-def test_channels_are_last_in_memory_but_for_apples_gpus() -> None:
-    found = [config.memory_format(torch.device(kind)) for kind in ("cpu", "cuda", "mps")]
-    assert found == [torch.channels_last, torch.channels_last, torch.contiguous_format]
 
 
 def test_every_process_asks_for_repeatable_kernels_before_cuda_is_used() -> None:

@@ -144,7 +144,7 @@ def test_several_processes_give_the_results_of_one_and_a_failure_stops_no_other(
     said = f"{diverging.key}: TrainingDiverged: the training loss stopped being finite in epoch 1"
     assert said in str(caught.value)
     alone = load_or_train(good, replace(small_study, runs_dir=tmp_path / "alone"))
-    assert differing(alone, load_result(good, study.runs_dir / good.key)) == []
+    assert differing(alone, load_result(good, study)) == []
 
 
 def test_ray_trains_each_run_in_a_process_with_one_gpu_into_a_folder_that_is_shared(
@@ -170,7 +170,7 @@ def test_ray_trains_each_run_in_a_process_with_one_gpu_into_a_folder_that_is_sha
     monkeypatch.setattr(executors, "load_or_train", there)
     study = replace(small_study, executor="ray", device=torch.device("cuda:1"))
     executors.train_in_processes(made, study)
-    assert all(load_result(run, place / run.key).run == run for run in made)
+    assert all(load_result(run, replace(study, runs_dir=place)).run == run for run in made)
     assert asked == [{"ray_remote_args": {"num_gpus": 1}, "maxtasksperchild": 1}]
     place, other = tmp_path / "machine", small_run(seed=2)
     with pytest.raises(RunError, match=f"{other.key}: it was trained, but .* share RUNS_DIR"):

@@ -206,28 +206,6 @@ def test_agrees_with_grad_cam(name, layer):
     model.zero_grad()
 
 
-def test_agrees_with_torchcam_on_score_cam_at_full_resolution():
-    """It scales masks before enlarging them, the paper after: equal where nothing is enlarged."""
-    methods = pytest.importorskip(
-        "torchcam.methods", reason="peer library torchcam is not installed"
-    )
-    model = SmallNet()
-    with methods.ScoreCAM(model, "layer1") as extractor:
-        maps = extractor([1, 2, 3, 0], model(IMAGES), normalized=False)[0]
-    ours = cam(model, IMAGES, [1, 2, 3, 0], "layer1", "score-cam", normalise=False).maps
-    assert_same_map(ours, maps)
-
-
-@pytest.mark.parametrize(("name", "layer"), CASES)
-def test_agrees_with_captum(name, layer):
-    attr = pytest.importorskip("captum.attr", reason="peer library captum is not installed")
-    model = network(name)
-    peer = attr.LayerGradCam(model, model.get_submodule(layer))
-    theirs = peer.attribute(X, torch.tensor(CLASSES), relu_attributions=True)
-    ours = raw(name, layer, "grad-cam")
-    torch.testing.assert_close(ours, theirs[:, 0].detach(), rtol=1e-10, atol=1e-14)
-
-
 SWIN = functools.partial(torchvision.models.SwinTransformer, [4, 4], 24, [1, 1], [2, 2], [4, 4])
 VIT = functools.partial(torchvision.models.VisionTransformer, 32, 8, 2, 2, 24, 48)
 

@@ -98,6 +98,17 @@ def test_a_changed_number_changes_the_report_and_a_reader_s_own_results_do_not(
     assert report_build.build(copied_set) != before
 
 
+def test_claims_of_others_are_collected_and_shown(copied_set: Path) -> None:
+    values, before = results_of(copied_set, "03_regularization"), report_build.build(copied_set)
+    values["claims"][0] |= {"source": "all is well", "seeds": 9, "trained_out": False}
+    write_results(copied_set, "03_regularization", values)
+    assert report_build.build(copied_set) != before
+    claims = json.loads((copied_set / "results" / "claims.json").read_text())
+    (mine,) = [claim for claim in claims if claim["source"] == "all is well"]
+    assert mine["notebook"] == "03_regularization"
+    assert mine.items() <= (values["claims"][0] | {"notebook": mine["notebook"]}).items()
+
+
 @pytest.mark.parametrize(
     ("name", "changed"),
     [

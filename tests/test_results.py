@@ -80,7 +80,7 @@ def test_means_gaps_and_networks_that_were_trained_out(result: Result) -> None:
 
 def test_a_result_file_holds_what_is_shown_as_text(study: Study, small_shapes: Dataset) -> None:
     interval = Interval(0.5, 0.4, 0.6, 2)
-    judged = verdict("A is better", interval)
+    judged = verdict("A is better", interval, source="A wins")
     table = pd.DataFrame({"accuracy": ["50.0"], "n": [2]}, index=pd.Index(["a"], name="network"))
     values = {"interval": interval, "claims": [judged], "table": table, "counts": np.arange(2)}
     values |= {"data": results.describe_data(small_shapes), "share": np.float32(0.5)}
@@ -89,10 +89,31 @@ def test_a_result_file_holds_what_is_shown_as_text(study: Study, small_shapes: D
     found = json.loads(path.read_text())
     assert found["interval"] == asdict(interval) | {"text": "50.0 [40.0, 60.0]"}
     text = "**Holds.** A is better: +50.0 points [+40.0, +60.0]."
-    assert found["claims"] == [{"claim": "A is better", "verdict": "holds", "text": text}]
+    expected = {"claim": "A is better", "verdict": "holds", "text": text, "source": "A wins"}
+    expected |= {"effect": "+50.0 points [+40.0, +60.0]", "effects": {"": found["interval"]}}
+    expected |= {"word": "holds", "unit": "points", "trained_out": True, "seeds": 2}
+    assert found["claims"] == [expected]
     assert found["table"] == {"columns": ["network", "accuracy", "n"], "rows": [["a", "50.0", "2"]]}
     assert (found["counts"], found["share"]) == ([0, 1], 0.5)
     assert (found["profile"]["name"], found["machine"]) == ("smoke", machine(study.device))
+
+
+def test_what_needs_a_network_is_computed_once(study: Study, result: Result) -> None:
+    calls = []
+
+    def times(result: Result, factor: int) -> dict[str, np.ndarray]:
+        calls.append((result.run.seed, factor))
+        return {"values": factor * np.arange(3)}
+
+    other = replace(result, run=replace(result.run, seed=7))
+    for given in [(result, 2), (result, 2), (result, 3), (other, 2), (result, 2)]:
+        assert list(results.computed(study, times, *given)["values"]) == [0, given[1], 2 * given[1]]
+    assert calls == [(0, 2), (0, 3), (7, 2)]
+
+    def times(result: Result, factor: int) -> dict[str, np.ndarray]:
+        return {"values": 1 + factor * np.arange(3)}
+
+    assert list(results.computed(study, times, result, 2)["values"]) == [1, 3, 5]
 
 
 @pytest.mark.parametrize("bad", [math.nan, np.float64("inf"), np.array([math.nan]), torch.ones(1)])

@@ -258,6 +258,41 @@ def test_the_result_says_what_recomputing_says(stored: Study, run: Run) -> None:
     assert result.machine["torch"] == torch.__version__
 
 
+def test_a_published_run_is_read_in_place_of_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, stored: Study, run: Run
+) -> None:
+    as_the_profile_says = {"recipe": replace(RECIPES["fast"], batch_size=16), "width": 0.125}
+    run = replace(run, dropout=0.0, **as_the_profile_says)  # so with its weights
+    made = [run, replace(run, seed=1)]
+    first, second = (load_or_train(each, replace(stored, publish=True)) for each in made)
+    weights = [result.load_model().state_dict() for result in (first, second)]
+    clone = replace(stored, runs_dir=stored.runs_dir / "clone")
+    with monkeypatch.context() as patch:
+        refuse_to_train(patch)
+        assert all(runs.is_finished(each, clone) for each in made)
+        read = [load_or_train(each, clone) for each in made]
+        near = {"rtol": 1e-3, "atol": 1e-6}  # float16
+        torch.testing.assert_close(read[0].load_model().state_dict(), weights[0], **near)
+    for result, there in zip(read, (first, second), strict=True):
+        assert result.metrics == there.metrics and result.history.equals(there.history)
+        assert np.array_equal(result.correct, there.correct)
+        own, other = (r.validation_logits.softmax(1) for r in (result, there))
+        torch.testing.assert_close(own, other, rtol=1e-2, atol=1e-3)
+    again = [read[1].load_model().state_dict() for _ in range(2)][1]  # trained for, once
+    torch.testing.assert_close(again, weights[1], rtol=0, atol=0)
+    said = f"{made[1].key} was published without weights: training it\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("whole", [slice(-30), slice(200, None)])
+def test_a_damaged_published_run_is_named(whole: slice, stored: Study, run: Run) -> None:
+    load_or_train(run, replace(stored, publish=True))
+    path = stored.published_dir / f"{run.key}.zip"
+    path.write_bytes(b"x" + path.read_bytes()[whole])
+    with pytest.raises(RunError, match=f"{path.name} is damaged"):
+        load_or_train(run, replace(stored, runs_dir=stored.runs_dir / "clone"))
+
+
 def test_the_test_split_is_read_once_after_training(
     monkeypatch: pytest.MonkeyPatch, small_study: Study, run: Run
 ) -> None:
