@@ -259,9 +259,29 @@ def _drawn(name: str, image_size: int, sizes: tuple[int | None, ...], data_dir: 
     return Dataset(name, TITLES[name], shapes.CLASSES, *splits, digest)
 
 
+def of_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """Return a dataset's images of some classes alone, in the same order, labelled from 0 on."""
+    if unknown := [name for name in names if name not in dataset.classes]:
+        have = ", ".join(dataset.classes)
+        raise ValueError(f"{dataset.title} has no class {unknown[0]!r}; its classes are {have}")
+    kept = [number for number, name in enumerate(dataset.classes) if name in names]
+
+    def part(split: Split) -> Split:
+        inside = torch.isin(split.labels, torch.tensor(kept))
+        return Split(
+            split.images[inside], torch.bucketize(split.labels[inside], torch.tensor(kept))
+        )
+
+    classes = tuple(dataset.classes[number] for number in kept)
+    splits = {split: part(getattr(dataset, split)) for split in SPLITS}
+    title = f"{dataset.title}: {', '.join(classes)}"
+    return replace(dataset, title=title, classes=classes, **splits)
+
+
 def check_dataset(name: str) -> ImageFolder | None:
     """Return a folder's listing, None for a known name; else raise what `load_dataset` would."""
-    if name in DATASETS:
+    base, _, only = name.partition(":")
+    if base in DATASETS and not (only and base in DRAWN_SETS):
         return None
     if not is_path(name) or "\0" in name:
         raise ValueError(
@@ -282,11 +302,12 @@ def load_dataset(
 ) -> Dataset:
     """Return disjoint, stratified train, validation and test splits of a dataset.
 
-    `name` is one of DATASETS or the path of a folder with train/<class>/* and optionally
-    test/<class>/*. Where a dataset has no validation split, a tenth of the training images is
-    held out; where a folder has no test/, a fifth of all is. The cuts are seeded and the same in
-    every study. `image_size` resizes to squares (pixels). The sizes keep that many images of each
-    split (None: all): stratified, and nested, so the first 1,000 are among the first 5,000.
+    `name` is one of DATASETS, of which "cifar10:cat,dog" has these classes alone (not of drawn
+    ones), or the path of a folder with train/<class>/* and optionally test/<class>/*. Where a
+    dataset has no validation split, a tenth of the training images is held out; where a folder has
+    no test/, a fifth of all is. The cuts are seeded and the same in every study. `image_size`
+    resizes to squares (pixels). The sizes keep that many images of each split (None: all):
+    stratified, and nested, so the first 1,000 are among the first 5,000.
 
     Raises FileNotFoundError for a missing folder or a failed download, ValueError for an unknown
     name, a bad layout, an unreadable image (named), mixed sizes without `image_size`, more images
@@ -296,7 +317,10 @@ def load_dataset(
         raise ValueError(f"image_size is {image_size}; expected 8 to 4096 pixels, or None")
     folder, data_dir = check_dataset(name), Path(data_dir).resolve()
     sizes = dict(zip(SPLITS, (train_size, validation_size, test_size), strict=True))
-    whole = None if name in DRAWN_SETS else _load(name, image_size, data_dir, folder)
+    base, _, only = (name, "", "") if folder else name.partition(":")
+    whole = None if name in DRAWN_SETS else _load(base, image_size, data_dir, folder)
+    if only:
+        whole = replace(of_classes(whole, only.split(",")), name=name)
     for split, size in sizes.items():
         most = len(getattr(whole, split)) if whole else DRAWN_LIMIT
         if size is not None and not 1 <= size <= most:
