@@ -60,7 +60,6 @@ ONES = torch.ones(len(MASKS), 3, 16, 16)
 ZEROS = torch.zeros(len(MASKS), dtype=torch.long)
 
 
-# --------------------------------------------------------------------------- placed
 @pytest.mark.parametrize(
     ("metric", "uniform", "random"),
     [
@@ -156,7 +155,6 @@ def test_grid_pointing_game_of_a_network_that_sees_one_class_a_cell():
     assert metrics.grid_pointing_game(maps, (2, 2)).interval().mean == 1
 
 
-# --------------------------------------------------------------------------- faithful
 def test_insertion_and_deletion_of_known_maps():
     def areas(maps, images=ONES):
         found = metrics.insertion_deletion(Reader(MASKS), images, maps, ZEROS)
@@ -268,7 +266,6 @@ def without_noise(metric, percentile):
     return made
 
 
-# --------------------------------------------------------------------------- steady
 def test_rank_correlation():
     first = torch.randint(0, 5, (20, 7, 7), generator=rng()).float()
     second = (first + torch.randint(0, 6, (20, 7, 7), generator=rng(1))).clamp(min=3)
@@ -343,7 +340,6 @@ def test_parts_that_cannot_be_randomised_are_named():
         metrics.parameter_randomisation(model, lambda _network: RANDOM)
 
 
-# --------------------------------------------------------------------------- the table
 def test_controls():
     images = torch.zeros(6, 3, 20, 20)
     images[:, :, :, 10:] = 1

@@ -76,7 +76,6 @@ class Function(nn.Module):
         return self.function(self, x)
 
 
-# --------------------------------------------------------------------------- worked by hand
 A = torch.tensor([[[[1.0, 2], [0, 1]], [[0, 1], [3, 2]]]], dtype=torch.float64)
 P = torch.tensor([[[1.0, 0], [2, 1]], [[1, -1], [1, -3]]], dtype=torch.float64)
 # Score S = sum(P * A) = 2 - 4 = -2: the gradient is P, with channel means 1 and -1/2.
@@ -132,7 +131,6 @@ def test_closed_form_of_a_pooled_linear_head():
     torch.testing.assert_close(result.maps, torch.einsum("nkc,nchw->nkhw", plus, features).relu())
 
 
-# --------------------------------------------------------------------------- peers
 @functools.cache
 def network(name: str) -> nn.Module:
     models = torchvision.models
@@ -272,7 +270,6 @@ def test_maps_that_cannot_be_of_the_image_are_refused(inputs, outputs, fits):
             cam(model, images, 0, "stage")
 
 
-# --------------------------------------------------------------------------- what is computed
 def test_single_and_all_targets_layers_and_batches_agree():
     model = SmallNet()
     names = ["layer1", "layer2", "layer3"]
@@ -368,7 +365,6 @@ def test_a_new_method_is_one_rule(monkeypatch):
     torch.testing.assert_close(maps, features)
 
 
-# --------------------------------------------------------------------------- known failures
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layer", ["conv", "keep"])
 def test_operations_in_place_after_the_layer(method, layer):
