@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from benchmarks import executors, gradcam, training
+from benchmarks import executors, gradcam, profile, training
 from helpers import config, runs
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     ]
     path = Path(__file__).parent / "RESULTS.md"
     text = "\n".join(lines)
-    for benchmark in (training, gradcam, executors):
+    for benchmark in (training, profile, gradcam, executors):
         # Written after each, so that nothing measured is lost.
         text += "\n" + benchmark.markdown()
         path.write_text(text.rstrip() + "\n")

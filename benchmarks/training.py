@@ -29,6 +29,7 @@ from helpers.models import build_model
 from helpers.recipes import Recipe
 
 REPETITIONS = 5
+SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
 def drawn_dataset(count: int) -> Dataset:
@@ -111,15 +112,31 @@ def our_trainer(
     )
 
 
+def straightforward(model: nn.Module, images: PerImage, batch: int) -> Callable[[], None]:
+    """Return a call that trains a network for an epoch as many tutorials write it."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, **SGD)
+
+    def epoch() -> None:
+        model.train()
+        for inputs, labels in DataLoader(images, batch, shuffle=True, drop_last=True):
+            loss = F.cross_entropy(model(inputs.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return epoch
+
+
 def measure(count: int, batch: int, width: float) -> list[str]:
     """Return the table's lines: training, augmentation, evaluation."""
     device = config.choose_device()
     dtype = config.compute_dtype(device)
     dataset = drawn_dataset(count)
     mean, std = dataset.channel_statistics
-    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
     recipe = Recipe(
-        "benchmark", "sgd", 0.01, "constant", batch, 1, augmentation=Augmentation(), **sgd
+        "benchmark", "sgd", 0.01, "constant", batch, 1, augmentation=Augmentation(), **SGD
     )
     per_image = PerImage(dataset.train, mean.tolist(), std.tolist(), train=True)
     loader = Loader(dataset.train, mean, std, batch, Augmentation(), device=device)
@@ -127,21 +144,8 @@ def measure(count: int, batch: int, width: float) -> list[str]:
     compiled = device.type in training.COMPILED_DEVICES
     ours, our_epoch = our_trainer(loader, recipe, width, compiled)
     reference = build_model("resnet18", num_classes=10, width=width).to(device)
-    optimizer = torch.optim.SGD(reference.parameters(), lr=0.01, **sgd)
-
-    def reference_epoch() -> float:
-        def epoch() -> None:
-            reference.train()
-            for images, labels in DataLoader(per_image, batch, shuffle=True, drop_last=True):
-                loss = F.cross_entropy(reference(images.to(device)), labels.to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                loss.item()
-
-        return timed(epoch)
-
-    contenders = {"helpers.training": our_epoch, "straightforward loop": reference_epoch}
+    epoch = straightforward(reference, per_image, batch)
+    contenders = {"helpers.training": our_epoch, "straightforward loop": lambda: timed(epoch)}
     training_times = alternate(contenders, REPETITIONS)
 
     def resident() -> float:
@@ -177,7 +181,7 @@ def measure(count: int, batch: int, width: float) -> list[str]:
     return [
         "| what | contender | median (range) | ratio (range) | target |",
         "|---|---|---|---|---|",
-        *rows("(a) training ResNet-18", "images/s", training_times, seen, "at least 2.0"),
+        *rows("(a) training ResNet-18", "images/s", training_times, seen, "at least 3.5"),
         *rows("(b) augmentation", "images/s", augmentation, seen, "at least 15"),
         *rows("(c) evaluation", "images/s", evaluation, count, ""),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import executors, gpu, gradcam, training
+from benchmarks import executors, gpu, gradcam, profile, training
 
 
 def test_training() -> None:
@@ -27,7 +27,8 @@ def test_gradcam() -> None:
 def test_executors() -> None:
     text = executors.markdown(tiny=True)
     assert text.startswith("## Executors")
-    assert f"| {executors.LOCAL} |" in text and "| processes, 1 core a run |" in text
+    assert f"| {executors.LOCAL} |" in text and f"| {executors.LOOP} |" in text
+    assert "| resnet18 | 0.0625 | 8 | 2 |" in profile.markdown(tiny=True)
 
 
 def test_gpu_rehearsed_on_a_cpu() -> None:
