@@ -77,7 +77,7 @@ class TestEachNotebook:
     ) -> None:
         for cell in code_cells(path):
             tags = cell.metadata.get("tags", [])
-            assert set(tags) <= {IGNORED, "set-up"}, tags
+            assert set(tags) <= {IGNORED, "set-up", "answer"}, tags
             assert "NBVAL" not in cell.source.upper()
             assert not re.search(r"\w\._(?!_)", cell.source), cell.source
             if IGNORED in tags:
