@@ -117,7 +117,7 @@ def results_section(set_folder: Path) -> str:
         f"{about['test_size']:,} test images of {about['image_size']} pixels, networks at "
         f"{profile['width']:g} of their usual width, {profile['epochs']} epochs, {depth['seeds']} "
         f"seeds; mean and 95 % interval over seeds and test images; on "
-        f"{depth['machine']['device']}."
+        f"{depth['machine']['device'].split(',')[0]}."
     )
     return "\n".join(lines)
 
