@@ -65,10 +65,11 @@ def computed(
     """Return function(result, *arguments), arrays by name, from the study's set if they are there.
 
     For what needs a trained network: its answers to other images, maps, times. It is computed anew
-    if the function's source text, the run or an argument (by its `repr`) changes. If something does
-    that the function takes from around it, delete the set's folder computed/.
+    if the function's source text, the trained run or an argument (by its `repr`) changes. For what
+    the function takes from around it, delete the set's folder computed/.
     """
-    about = "\n".join([inspect.getsource(function), result.run.key, *map(repr, arguments)])
+    trained = repr(result.metrics)  # trained on another machine, a run's weights are others
+    about = "\n".join([inspect.getsource(function), result.run.key, trained, *map(repr, arguments)])
     name = f"{function.__name__}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.npz"
     path = study.results_dir.parent / "computed" / name
     return cached(path, lambda: function(result, *arguments), np.savez_compressed)
