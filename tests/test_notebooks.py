@@ -40,7 +40,6 @@ UNITS = r"%|per cent\b|points?\b|seconds?\b|s\b|minutes?\b|min\b|times\b|kB\b|MB
 NUMBERS_IN_PROSE = {
     "01_data": {"94%", "3.29 Seconds"},
     "03_regularization": {"5 points", "80 %", "100 %"},
-    "04_depth": {"3 points"},
 }
 
 
