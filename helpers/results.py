@@ -98,6 +98,7 @@ def _plain(value: Any) -> Any:
         return asdict(value) | {"text": value.percent()}
     if isinstance(value, Verdict):
         about = {"verdict": value.word, "text": str(value), "effect": value.reason}
+        about["effects"] = {name: asdict(effect) for name, effect in value.effects.items()}
         return vars(value) | about | {"seeds": min(e.n for e in value.effects.values())}
     if isinstance(value, pd.DataFrame):
         table = value.reset_index().astype(str)

@@ -88,7 +88,7 @@ def check_one_dataset(set_folder: Path) -> None:
 
 # The README's figures and what they show, for who can't see them.
 README_FIGURES = {
-    "04_cost": "Test accuracy against four costs for SimpleCNN and ResNet-18, 34 and 50",
+    "04_cost": "Test accuracy against multiply-adds and training time, SimpleCNN to ResNet-50",
     "05_misclassified": "The most confident errors, with the evidence for the predicted and for "
     "the true class",
 }

@@ -90,7 +90,7 @@ def test_a_result_file_holds_what_is_shown_as_text(study: Study, small_shapes: D
     assert found["interval"] == asdict(interval) | {"text": "50.0 [40.0, 60.0]"}
     text = "**Holds.** A is better: +50.0 points [+40.0, +60.0]."
     expected = {"claim": "A is better", "verdict": "holds", "text": text, "source": "A wins"}
-    expected |= {"effect": "+50.0 points [+40.0, +60.0]", "effects": {"": found["interval"]}}
+    expected |= {"effect": "+50.0 points [+40.0, +60.0]", "effects": {"": asdict(interval)}}
     expected |= {"word": "holds", "unit": "points", "trained_out": True, "seeds": 2}
     assert found["claims"] == [expected]
     assert found["table"] == {"columns": ["network", "accuracy", "n"], "rows": [["a", "50.0", "2"]]}
