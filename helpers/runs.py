@@ -356,7 +356,8 @@ def _compressed(arrays: dict[str, np.ndarray]) -> bytes:
 def _train(run: Run, study: Study, folder: Path, **options: Any) -> None:
     """Train and evaluate a run and write its files, result.json last."""
     for unfinished in folder.glob(".*.tmp"):  # of a process that was killed while writing
-        unfinished.unlink()
+        if not unfinished.name.startswith(".run.json"):  # which others write without the lock
+            unfinished.unlink()
     dataset = run.load_data(study.data_dir)
     network = _starting_network(run, dataset, study)
     options |= {name: getattr(run, name) for name in ("epochs", "seed", "patience")}
