@@ -114,7 +114,7 @@ class Study:
     progress: str = "bar"  # or "none", or "file:PATH", see `helpers.executors`
     executor: str = "local"
     cores_per_run: int = 1
-    publish: bool = False  # whether runs are also written to `published_dir`
+    publish: bool = False  # whether runs are also written to the set's runs/
 
     @property
     def set_name(self) -> str:
@@ -122,19 +122,9 @@ class Study:
         return f"{dataset_slug(self.dataset)}-{self.profile.name}"
 
     @property
-    def figures_dir(self) -> Path:
-        """Where this study's figures go."""
-        return self.analysis_dir / self.set_name / "figures"
-
-    @property
-    def published_dir(self) -> Path:
-        """Where this study's runs are published, each as one file."""
-        return self.analysis_dir / self.set_name / "runs"
-
-    @property
-    def results_dir(self) -> Path:
-        """Where this study's result files go."""
-        return self.analysis_dir / self.set_name / "results"
+    def folder(self) -> Path:
+        """Where this study's set lies: figures/, results/, notebooks/, computed/ and runs/."""
+        return self.analysis_dir / self.set_name
 
 
 def dataset_slug(dataset: str) -> str:

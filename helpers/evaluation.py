@@ -40,11 +40,10 @@ def predict(
     mean, std = mean.to(device), std.to(device)
     at_once = images_at_once(device, *split.images.shape[-2:], BATCH)
     logits = []
-    with undisturbed(model):
+    fast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with undisturbed(model, frozen=False), fast:  # one context: weights are cast once
         for images in split.images.split(at_once):
-            batch = normalise(send(images, device), mean, std)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits.append(model(batch).float())
+            logits.append(model(normalise(send(images, device), mean, std)).float())
     return torch.cat(logits).cpu()
 
 

@@ -276,16 +276,18 @@ def count_parameters(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, *, frozen: bool = True) -> Iterator[None]:
     """Have a network in evaluation mode, frozen and uncompiled; put everything back on leaving.
 
-    Frozen parameters keep a trunk from being recorded, and their casts out of autocast's cache.
+    Frozen parameters keep a trunk from being recorded, and their casts out of autocast's cache,
+    where without `frozen` they serve several batches.
     Flags are set one by one, since `model.eval()` may be overridden.
     """
-    flags = [(module, "training") for module in model.modules() if module.training]
-    flags += [(p, "requires_grad") for p in model.parameters() if p.requires_grad]
+    modules = list(model.modules())
+    flags = [(module, "training") for module in modules if module.training]
+    flags += [(p, "requires_grad") for p in model.parameters() if frozen and p.requires_grad]
     eager = contextlib.nullcontext()
-    if any(m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules()):
+    if any(m._compiled_call_impl or "_orig_mod" in m._modules for m in modules):
         eager = torch.compiler.set_stance("force_eager")  # compiled, no hook fires
     try:
         for owner, flag in flags:

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -36,9 +37,11 @@ from traitlets.config import Config
 from helpers import config
 from helpers.config import ROOT, Study, write_atomically
 from helpers.data import check_dataset
+from helpers.runs import machine
 
 NOTEBOOKS_DIR, REQUIREMENTS = ROOT / "notebooks", ROOT / "requirements.txt"
 DRIVE = Path("/content/drive")
+RUN_TIME = re.compile("(?<=<!-- run time -->).*(?=<!-- /run time -->)")
 
 
 def set_up(keep_runs_on_drive: bool = False) -> None:
@@ -104,22 +107,39 @@ def find_notebooks(names: Sequence[str] = ("",)) -> list[Path]:
 
 def executed(path: Path, study: Study) -> Path:
     """Return where a notebook goes when the study has executed it."""
-    return study.analysis_dir / study.set_name / "notebooks" / path.name
+    return study.folder / "notebooks" / path.name
+
+
+def state(path: Path, study: Study) -> str:
+    """Return a hash of a notebook, of all that it hangs on, and of the files that it wrote."""
+    folder, written = check_dataset(study.dataset), study.folder.glob(f"*/{path.name[:3]}*")
+    here = (repr(study), folder and folder.state, machine(study.device))
+    installed = sorted(f"{found.name} {found.version}" for found in metadata.distributions())
+    cells = [RUN_TIME.sub("", cell.source) for cell in nbformat.read(path, as_version=4).cells]
+    digest = hashlib.sha256(f"{here} {installed} {cells}".encode())
+    for file in (*sorted((ROOT / "helpers").glob("*.py")), *sorted(written)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def run_times(study: Study) -> dict[str, float]:
     """Return the seconds that each of the study's notebooks took when it ran first."""
-    path = study.results_dir / "run_times.json"
+    path = study.folder / "results" / "run_times.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def run_series(paths: Sequence[Path], study: Study) -> bool:
     """Run notebooks in order, each in its own kernel, until one fails; return whether none did.
 
-    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with the kernel stopped.
+    One whose `state` is still that after its last run is left as it is. Raises KeyboardInterrupt
+    after Ctrl-C or SIGTERM, with the kernel stopped.
     """
     for number, path in enumerate(paths, start=1):
         where, begun = f"[{number}/{len(paths)}] {path.stem}", time.monotonic()
+        seal = executed(path, study).with_name(f".{path.stem}.state")
+        if seal.exists() and seal.read_text() == state(path, study):
+            print(f"{where} is up to date", flush=True)
+            continue
         print(f"{where} ...", flush=True)
         error = asyncio.run(run_notebook(path, executed(path, study), where))
         if error:
@@ -130,7 +150,8 @@ def run_series(paths: Sequence[Path], study: Study) -> bool:
         # Run times are those of a first run: a later one reads stored runs and is shorter.
         times[path.stem] = round(max(seconds, times.get(path.stem, 0)), 1)
         content = json.dumps(times, indent=1, sort_keys=True).encode()
-        write_atomically(study.results_dir / "run_times.json", content)
+        write_atomically(study.folder / "results" / "run_times.json", content)
+        write_atomically(seal, state(path, study).encode())
     return True
 
 
@@ -202,8 +223,7 @@ def publish(paths: Sequence[Path], study: Study) -> None:
     """Replace notebooks/ by the executed notebooks of this study, run times filled in."""
     for path in paths:
         took = f"{clock(run_times(study)[path.stem])} in the {study.profile.name} profile"
-        marks = "<!-- run time -->", "<!-- /run time -->"
-        text = re.sub(f"(?<={marks[0]}).*(?={marks[1]})", took, executed(path, study).read_text())
+        text = RUN_TIME.sub(took, executed(path, study).read_text())
         write_atomically(path, text.encode())
         print(f"published {path}")
 
@@ -229,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # a wrong name; a full disk
         print(error, file=sys.stderr)
         return 2
-    print(f"  notebooks, figures, results  {study.analysis_dir / study.set_name}")
+    print(f"  notebooks, figures, results  {study.folder}")
     print(f"  trained runs                 {study.runs_dir}")
     return 0
 

@@ -47,7 +47,7 @@ def use_style() -> None:
 
 def save_figure(figure: Figure, study: Study, name: str) -> Path:
     """Write a figure as PNG into the study's set, in lower resolution if it is large."""
-    path = study.figures_dir / f"{name}.png"
+    path = study.folder / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     for dpi in (110, 93, 79, 67, 57, 48, 41):
         figure.savefig(path, dpi=dpi, bbox_inches="tight", metadata={"Software": None})

@@ -71,7 +71,7 @@ def computed(
     trained = repr(result.metrics)  # trained on another machine, a run's weights are others
     about = "\n".join([inspect.getsource(function), result.run.key, trained, *map(repr, arguments)])
     name = f"{function.__name__}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.npz"
-    path = study.results_dir.parent / "computed" / name
+    path = study.folder / "computed" / name
     return cached(path, lambda: function(result, *arguments), np.savez_compressed)
 
 
@@ -86,7 +86,7 @@ def describe_data(dataset: Dataset, role: str = "study") -> dict[str, Any]:
 def save_results(study: Study, name: str, values: dict[str, Any]) -> Path:
     """Write a notebook's results as JSON into the study's set; ValueError for a NaN."""
     content = {"profile": asdict(study.profile), "machine": machine(study.device), **values}
-    path = study.results_dir / f"{name}.json"
+    path = study.folder / "results" / f"{name}.json"
     text = json.dumps(content, indent=1, allow_nan=False, default=_plain)
     write_atomically(path, text.encode())
     return path

@@ -272,7 +272,7 @@ def load_or_train(run: Run, study: Study, **options: Any) -> Result:
     the operating system, which dies with its process). `on_epoch` and `checkpoint_seconds` are
     those of `training.train`. Raises RunError for a damaged run, and what `train` raises.
     """
-    folder, published = study.runs_dir / run.key, study.published_dir / f"{run.key}.zip"
+    folder, published = study.runs_dir / run.key, published_file(run, study)
     if not (folder / "result.json").exists():
         content = json.dumps(asdict(run), indent=1).encode()
         write_atomically(folder / "run.json", content)  # says what to do if nothing can be written
@@ -289,10 +289,15 @@ def load_or_train(run: Run, study: Study, **options: Any) -> Result:
     return result
 
 
+def published_file(run: Run, study: Study) -> Path:
+    """Return where the study's set keeps a run, if it is published."""
+    return study.folder / "runs" / f"{run.key}.zip"
+
+
 def is_finished(run: Run, study: Study) -> bool:
     """Tell whether a run's result is stored or published."""
     stored = study.runs_dir / run.key / "result.json"
-    return stored.exists() or (study.published_dir / f"{run.key}.zip").exists()
+    return stored.exists() or published_file(run, study).exists()
 
 
 def publish(result: Result, path: Path) -> None:

@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--publish", action="store_true", help="update report.pdf and README too")
     options = parser.parse_args(arguments)
     study = config.study()
-    set_folder = study.analysis_dir / study.set_name
+    set_folder = study.folder
     try:
         pdf = build(set_folder)
     except (FileNotFoundError, ValueError) as error:

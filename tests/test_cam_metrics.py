@@ -225,14 +225,13 @@ def test_imputation_solves_its_equations():
 
 
 def test_road_of_known_maps():
-    lit = MASKS[:, None].expand(-1, 3, -1, -1).float()
-
-    def mean(maps):
-        return metrics.road(Reader(MASKS), lit, maps, ZEROS).interval().mean
-
-    assert mean(PERFECT) > 0.3 and mean(INVERTED) < -0.3
-    assert mean(INVERTED) == pytest.approx(-mean(PERFECT), abs=0.02)
-    assert abs(mean(RANDOM)) < 0.01 and abs(mean(UNIFORM)) < 0.01
+    masks = MASKS[:100]  # each is a system of equations for every share removed
+    lit = masks[:, None].expand(-1, 3, -1, -1).float()
+    maps = [x[:100] for x in (PERFECT, INVERTED, RANDOM, UNIFORM)]
+    scores = [metrics.road(Reader(masks), lit, x, ZEROS[:100]).interval().mean for x in maps]
+    perfect, inverted, *chance = scores
+    assert perfect > 0.3 and inverted == pytest.approx(-perfect, abs=0.02)
+    assert all(abs(score) < 0.02 for score in chance)
 
 
 def test_faithfulness_agrees_with_grad_cam():

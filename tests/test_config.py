@@ -40,7 +40,7 @@ def test_defaults_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch, empty
     found, root = study(), config.ROOT
     assert (found.set_name, found.progress, found.executor) == ("shapes-quick", "bar", "processes")
     assert (found.runs_dir, found.data_dir) == (root / "runs", root / "data")
-    assert found.results_dir == root / "analysis" / "shapes-quick" / "results"
+    assert found.folder == root / "analysis" / "shapes-quick"
 
 
 def test_every_variable_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_every_variable_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     found = study()
     assert found.profile == replace(PROFILES["smoke"], batch_size=8)
     assert (found.runs_dir, found.data_dir) == (tmp_path / "my runs", tmp_path / "elsewhere")
-    assert found.figures_dir == tmp_path / "a" / "digits-smoke" / "figures"
+    assert found.folder == tmp_path / "a" / "digits-smoke"
     assert (found.device, found.progress) == (CPU, "file:/some/where")
     assert (found.executor, found.cores_per_run) == ("processes", 12)
     monkeypatch.setenv("PROFILE", "full")

@@ -81,7 +81,7 @@ FIGURES = {
 def test_every_kind_is_drawn_legible_and_small(kind: str, study: Study) -> None:
     figure = FIGURES[kind]()
     path = plots.save_figure(figure, study, "00_figure")
-    assert path == study.figures_dir / "00_figure.png"
+    assert path == study.folder / "figures" / "00_figure.png"
     assert 1_000 < path.stat().st_size <= plots.LARGEST_FIGURE
     texts = [t for t in figure.findobj(plt.Text) if t.get_visible() and t.get_text()]
     assert min(text.get_fontsize() for text in texts) >= 7

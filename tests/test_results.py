@@ -85,7 +85,7 @@ def test_a_result_file_holds_what_is_shown_as_text(study: Study, small_shapes: D
     values = {"interval": interval, "claims": [judged], "table": table, "counts": np.arange(2)}
     values |= {"data": results.describe_data(small_shapes), "share": np.float32(0.5)}
     path = results.save_results(study, "04_depth", values)
-    assert path == study.results_dir / "04_depth.json"
+    assert path == study.folder / "results" / "04_depth.json"
     found = json.loads(path.read_text())
     assert found["interval"] == asdict(interval) | {"text": "50.0 [40.0, 60.0]"}
     text = "**Holds.** A is better: +50.0 points [+40.0, +60.0]."

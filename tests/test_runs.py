@@ -287,7 +287,7 @@ def test_a_published_run_is_read_in_place_of_training(
 @pytest.mark.parametrize("whole", [slice(-30), slice(200, None)])
 def test_a_damaged_published_run_is_named(whole: slice, stored: Study, run: Run) -> None:
     load_or_train(run, replace(stored, publish=True))
-    path = stored.published_dir / f"{run.key}.zip"
+    path = stored.folder / "runs" / f"{run.key}.zip"
     path.write_bytes(b"x" + path.read_bytes()[whole])
     with pytest.raises(RunError, match=f"{path.name} is damaged"):
         load_or_train(run, replace(stored, runs_dir=stored.runs_dir / "clone"))

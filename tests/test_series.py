@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from helpers import config, notebooks
-from helpers.config import ROOT, Study
+from helpers.config import ROOT, Study, write_atomically
 from helpers.notebooks import find_notebooks, run_series
 
 OPENING = "# A notebook\n\nIt takes <!-- run time -->unknown<!-- /run time -->."
@@ -40,7 +41,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def outputs(study: Study, name: str) -> list[Any]:
-    path = study.analysis_dir / study.set_name / "notebooks" / f"{name}.ipynb"
+    path = study.folder / "notebooks" / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)
     return [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -69,11 +70,42 @@ def test_a_series_that_succeeds(folder: Path, study: Study, capsys: Capture) -> 
     assert outputs(study, "01_first")[0][0].text == f"{folder}\nfile:\n"
     assert outputs(study, "02_second")[0][0].text == "False\n"
     assert first.read_bytes() == before  # only publishing replaces
-    times = json.loads((study.results_dir / "run_times.json").read_text())
+    times = json.loads((study.folder / "results" / "run_times.json").read_text())
     assert set(times) == {"01_first", "02_second"} and all(t > 0 for t in times.values())
     shown = capsys.readouterr().out
     assert shown.index("[1/2] 01_first ...") < shown.index("[2/2] 02_second took")
     assert "\x1b" not in shown and "\r" not in shown  # no line that changes, but on a terminal
+
+
+def test_only_what_has_changed_runs_again(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, study: Study, capsys: Capture
+) -> None:
+    monkeypatch.setattr(notebooks, "ROOT", folder.parent)
+    (helper := folder.parent / "helpers" / "one.py").parent.mkdir()
+    helper.write_text("A = 1")
+    path = write(folder / "01_first.ipynb", "print(1)")
+    figure = study.folder / "figures" / "01_figure.png"
+
+    def runs(study: Study = study) -> bool:
+        assert run_series([path], study)
+        return "up to date" not in capsys.readouterr().out
+
+    assert runs() and not runs()
+    notebooks.publish([path], study)
+    assert path.read_bytes() != write(folder / "02_other.ipynb", "print(1)").read_bytes()
+    capsys.readouterr()
+    assert not runs(), "its outputs and run time are filled in"
+    helper.write_text("A = 2")
+    assert runs() and not runs()
+    write_atomically(figure, b"of it")
+    assert runs() and not runs()
+    figure.unlink()
+    assert runs() and not runs()
+    assert runs(replace(study, profile=replace(study.profile, epochs=3)))
+    write(path, "print(2)")
+    assert runs() and not runs()
+    write(path, "1 / 0")
+    assert not run_series([path], study) and not run_series([path], study), "an error stays one"
 
 
 def test_a_terminal_shows_the_cell_and_the_last_state_of_the_kernel_s_bar(
@@ -105,11 +137,11 @@ def test_a_failure_stops_the_series_and_is_saved_as_far_as_it_got(
     assert path.read_bytes() == before
     (so_far,), _, too_far = outputs(study, "01_fails")
     assert (so_far.text, too_far) == ("so far\n", [])
-    executed = study.results_dir.parent / "notebooks"
+    executed = study.folder / "notebooks"
     line = f"[1/2] 01_fails failed in cell 2: {told}; its trace is in {executed / '01_fails.ipynb'}"
     assert f"{line}\n" in capsys.readouterr().out
     assert [path.name for path in executed.iterdir()] == ["01_fails.ipynb"]
-    assert not (study.results_dir / "run_times.json").exists()
+    assert not (study.folder / "results" / "run_times.json").exists()
 
 
 @pytest.mark.usefixtures("from_environment")
@@ -117,8 +149,8 @@ def test_publishing_fills_in_the_run_time(folder: Path, study: Study, capsys: Ca
     path = write(folder / "01_first.ipynb", "print('done')")
     other = write(folder / "02_other.ipynb", "print('not asked for')")
     before = other.read_bytes()
-    study.results_dir.mkdir(parents=True)
-    times = study.results_dir / "run_times.json"
+    (study.folder / "results").mkdir(parents=True)
+    times = study.folder / "results" / "run_times.json"
     times.write_text('{"01_first": 187.0, "09_other": 3.0}')  # of the first run, which is longer
     expected = "<!-- run time -->3:07 min in the smoke profile<!-- /run time -->."
     assert notebooks.main(["01", "--publish"]) == 0
