@@ -8,9 +8,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_PEERS := $(VENV)/.installed-peers
+INSTALLED_SITE := $(VENV)/.installed-site
 INSTALLED_RAY := $(VENV)/.installed-ray
 
-.PHONY: help study test lab report publish bench soak golden gpu-check clean
+.PHONY: help study test lab report publish site bench soak golden gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +26,7 @@ help:
 	@echo "make golden    compare weights, maps and fingerprints with the golden record"
 	@echo "make publish   run the study; replace notebooks/, report.pdf and README tables by it,"
 	@echo "               and put its runs into analysis/<set>/runs/, where others find them"
+	@echo "make site      build the website from what is published, into site/build/html"
 	@echo "make clean     remove the environment (runs and results stay)"
 
 $(INSTALLED): requirements.txt pyproject.toml
@@ -41,6 +43,12 @@ $(INSTALLED_PEERS): $(INSTALLED) requirements-peers.txt
 
 $(INSTALLED_RAY): $(INSTALLED) pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[ray]"
+	@touch $@
+
+# Without the study's own packages, which the site doesn't need.
+$(INSTALLED_SITE): requirements-site.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-site.txt
 	@touch $@
 
 study: $(if $(filter ray,$(EXECUTOR)),$(INSTALLED_RAY),$(INSTALLED))
@@ -61,6 +69,10 @@ report: $(INSTALLED)
 publish: $(INSTALLED)
 	PUBLISH=yes $(BIN)/python -m helpers.notebooks --publish
 	$(BIN)/python report/build.py --publish
+
+site: $(INSTALLED_SITE)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d site/build/doctrees site site/build/html
+	$(BIN)/python site/check_links.py site/build/html
 
 bench: $(INSTALLED_PEERS)
 	$(BIN)/python -m benchmarks

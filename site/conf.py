@@ -1,0 +1,52 @@
+"""Settings of Sphinx, which builds the site: `make site`."""
+
+import json
+import sys
+from pathlib import Path
+
+from docutils.utils.math.latex2mathml import tex2mathml
+
+sys.path.insert(0, str(Path(__file__).parent))
+import content
+
+maps = json.loads((content.SITE / "explorer" / "maps.json").read_text(encoding="utf-8"))
+if maps["set"] != content.published_set().name:
+    raise ValueError(
+        f"the explorer's maps are of {maps['set']}, the published set is "
+        f"{content.published_set().name}: run `python site/maps.py`"
+    )
+content.copy_notebooks()
+content.write_api()
+
+project = "Residual networks"
+html_title = "Residual networks"
+html_theme = "furo"
+html_static_path = ["explorer"]
+html_show_copyright = html_show_sphinx = html_copy_source = False
+extensions = ["myst_nb"]
+exclude_patterns = ["build"]
+nb_execution_mode = "off"  # the notebooks' committed outputs are shown
+nb_merge_streams = True
+myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
+myst_substitutions = content.findings()
+myst_heading_anchors = 4
+add_module_names = False
+python_maximum_signature_line_length = 80
+html_math_renderer = "mathml"
+
+
+def inline_formula(writer, node):
+    """Write a formula of a line as MathML, which browsers show without a script."""
+    writer.body.append(tex2mathml(node.astext()))
+
+
+def displayed_formula(writer, node):
+    """Write a formula between paragraphs."""
+    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+
+
+def setup(app):
+    """Have formulas written as MathML."""
+    skip = lambda writer, node: None  # noqa: E731
+    inline, displayed = (inline_formula, skip), (displayed_formula, skip)
+    app.add_html_math_renderer("mathml", inline, displayed)

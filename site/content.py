@@ -1,0 +1,182 @@
+"""What the site shows of the published set: its findings, the notebooks and the API of helpers.
+
+Everything is read from committed files when the site is built. Nothing of the study is imported, so
+that the build needs neither torch nor any other of its packages.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+SITE = Path(__file__).resolve().parent
+ROOT = SITE.parent
+
+
+def published_set() -> Path:
+    """Return the folder of the published set: the first with results that .gitignore lets in."""
+    names = re.findall(r"^!(analysis/.*?)/?$", (ROOT / ".gitignore").read_text(), re.MULTILINE)
+    return next(ROOT / name for name in names if (ROOT / name / "results").is_dir())
+
+
+def results(name: str) -> Any:
+    """Return one result file of the published set."""
+    path = published_set() / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a page that differs from what is there: Sphinx builds only these again."""
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+# --- findings --------------------------------------------------------------------------------
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table as Markdown."""
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in (columns, *rows)]
+    # An interval stays on one line.
+    cells = [[re.sub(r", (?=\S+\]$)", ",\N{NO-BREAK SPACE}", c) for c in row] for row in cells]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]])
+
+
+def link(notebook: str) -> str:
+    """Return a link to a notebook's page, by the notebook's name."""
+    return f"[{notebook}](notebooks/{notebook}.ipynb)"
+
+
+def findings() -> dict[str, str]:
+    """Return the passages that the pages put where they say {{ name }}, as Markdown."""
+    depth, cam = results("04_depth"), results("05_gradcam")
+    data, profile, accuracy = depth["data"], depth["profile"], depth["tables"]["accuracy"]
+    others = [
+        f"- “{c['source']}”: **{c['verdict']}.** {c['claim']}: {c['effect']}. "
+        f"({c['seeds']} seeds, {link(c['notebook'])})"
+        for c in results("claims")
+    ]
+    figure = Path("..") / published_set().relative_to(ROOT) / "figures" / "05_shortcut.png"
+    return {
+        "about": f"{data['title']}, profile {profile['name']}: {data['train_size']:,} training and "
+        f"{data['test_size']:,} test images of {data['image_size']} pixels, networks at "
+        f"{profile['width']:g} of their usual width, {profile['epochs']} epochs, {depth['seeds']} "
+        f"seeds, on {depth['machine']['device'].split(',')[0]}.",
+        "networks": table(accuracy["columns"][:6], [row[:6] for row in accuracy["rows"]]),
+        "others": "\n".join(others),
+        "shortcut": table(**cam["tables"]["shortcut"]),
+        "figure": "![Six marked images with the maps of two networks: that trained without the "
+        "mark looks at the object, that trained with it at the mark in the "
+        f"corner]({figure.as_posix()})",
+        "verdicts": "\n\n".join(verdicts()),
+    }
+
+
+def verdicts() -> Iterator[str]:
+    """Return each notebook's hypotheses with their verdicts, as Markdown."""
+    for path in sorted((published_set() / "results").glob("[0-9][0-9]_*.json")):
+        claims = results(path.stem).get("claims", ())
+        lines = [f"- {c['text']}" for c in claims]
+        if lines:
+            yield "\n".join([f"## {link(path.stem)}", "", *lines])
+
+
+# --- notebooks -------------------------------------------------------------------------------
+
+
+def copy_notebooks() -> None:
+    """Copy the notebooks beside the pages, with the set-up and answers to exercises folded."""
+    names = "|".join(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            text = "".join(cell["source"])
+            tags = cell["metadata"].get("tags", [])
+            if {"set-up", "answer"} & {*tags}:
+                cell["metadata"]["tags"] = [*tags, "hide-input"]
+            if cell["cell_type"] == "markdown":
+                # Jupyter's links to headings keep capitals, and other notebooks are named in code.
+                text = re.sub(r"\]\(#(.*?)\)", lambda m: m[0].lower(), text)
+                cell["source"] = re.sub(rf"(?<!\[)`({names})`", r"[\1](\1.ipynb)", text)
+        write(SITE / "notebooks" / path.name, json.dumps(notebook))
+
+
+# --- API -------------------------------------------------------------------------------------
+
+
+def write_api() -> None:
+    """Write a page for each module of helpers, from its source, and one that lists them."""
+    rows, pages = [], []
+    for path in sorted((ROOT / "helpers").glob("[!_]*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        summary = prose(tree).partition("\n\n")[0].replace("\n", " ")
+        rows.append((f"[{path.stem}]({path.stem}.md)", summary))
+        pages.append(path.stem)
+        lines = [f"# {path.stem}", "", f"```{{py:module}} helpers.{path.stem}", "```", ""]
+        lines += [prose(tree), "", *(part for node in tree.body for part in describe(node))]
+        write(SITE / "api" / f"{path.stem}.md", "\n".join(lines) + "\n")
+    tree = ast.parse((ROOT / "helpers" / "__init__.py").read_text(encoding="utf-8"))
+    parts = ["# The package helpers", prose(tree), table(["module", "what it is for"], rows)]
+    parts.append("\n".join(["```{toctree}", ":hidden:", "", *pages, "```"]))
+    write(SITE / "api" / "index.md", "\n\n".join(parts) + "\n")
+
+
+def prose(node: ast.AST) -> str:
+    """Return a docstring as Markdown: parameters as a list, columns as they are."""
+    blocks = (ast.get_docstring(node) or "").split("\n\n")
+    for i, block in enumerate(blocks):
+        if len(re.findall(r"^\w+ {2,}\S", block, re.MULTILINE)) > 1:
+            blocks[i] = "\n".join(f"    {line}" for line in block.splitlines())
+        elif not block.startswith("    "):
+            block = re.sub(r"^(\w+): ", r"- **\1**: ", block, flags=re.MULTILINE)
+            # Outside of code, what stands in angle brackets is no HTML.
+            parts = re.split(r"(`[^`]*`)", block)
+            blocks[i] = "".join(p if p.startswith("`") else p.replace("<", r"\<") for p in parts)
+    return "\n\n".join(blocks)
+
+
+def describe(node: ast.AST, within: str = "") -> Iterator[str]:
+    """Return a public function or class with its methods, as lines of Markdown."""
+    if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+        return
+    decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+    fence = ":::" if within else "::::"
+    if isinstance(node, ast.ClassDef):
+        yield f"{fence}{{py:class}} {node.name}({fields(node)})"
+    elif within and {"property", "functools.cached_property"} & decorators:
+        yield f"{fence}{{py:property}} {node.name}"
+        yield f":type: {ast.unparse(node.returns)}" if node.returns else ""
+    else:
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        yield f"{fence}{{py:{'method' if within else 'function'}}} {call(node, within)}{returns}"
+    yield from ("", prose(node), "")
+    for inner in node.body if isinstance(node, ast.ClassDef) else ():
+        yield from describe(inner, within=node.name)
+    yield from (fence, "")
+
+
+def call(node: ast.FunctionDef, within: str) -> str:
+    """Return a function's name and parameters, a method's without its first."""
+    if within and not any(ast.unparse(d) == "staticmethod" for d in node.decorator_list):
+        node.args.args = node.args.args[1:]
+    return f"{node.name}({ast.unparse(node.args)})"
+
+
+def fields(node: ast.ClassDef) -> str:
+    """Return what a class is made from: a dataclass's fields, or the parameters of __init__."""
+    for inner in node.body:
+        if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
+            return call(inner, node.name).removeprefix("__init__(").removesuffix(")")
+    found = []
+    for inner in node.body:
+        if isinstance(inner, ast.AnnAssign) and not inner.target.id.startswith("_"):
+            value = "" if inner.value is None else ast.unparse(inner.value)
+            default = "" if not value or value.startswith("field(") else f" = {value}"
+            found.append(f"{inner.target.id}: {ast.unparse(inner.annotation)}{default}")
+    return ", ".join(found)
