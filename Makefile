@@ -71,6 +71,7 @@ publish: $(INSTALLED)
 	$(BIN)/python report/build.py --publish
 
 site: $(INSTALLED_SITE)
+	rm -rf site/build
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d site/build/doctrees site site/build/html
 	$(BIN)/python site/check_links.py site/build/html
 

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -15,13 +16,15 @@ if maps["set"] != content.published_set().name:
         f"the explorer's maps are of {maps['set']}, the published set is "
         f"{content.published_set().name}: run `python site/maps.py`"
     )
-content.copy_notebooks()
-content.write_api()
+content.write_pages("notebooks", content.notebook_pages())
+content.write_pages("api", content.api_pages())
 
 project = "Residual networks"
 html_title = "Residual networks"
 html_theme = "furo"
-html_static_path = ["explorer"]
+html_static_path = ["explorer", "site.css"]
+html_css_files = ["site.css"]
+smartquotes = False  # docstrings quote code
 html_show_copyright = html_show_sphinx = html_copy_source = False
 extensions = ["myst_nb"]
 exclude_patterns = ["build"]
@@ -38,15 +41,15 @@ html_math_renderer = "mathml"
 def inline_formula(writer, node):
     """Write a formula of a line as MathML, which browsers show without a script."""
     writer.body.append(tex2mathml(node.astext()))
+    raise SkipNode
 
 
 def displayed_formula(writer, node):
     """Write a formula between paragraphs."""
     writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise SkipNode
 
 
 def setup(app):
     """Have formulas written as MathML."""
-    skip = lambda writer, node: None  # noqa: E731
-    inline, displayed = (inline_formula, skip), (displayed_formula, skip)
-    app.add_html_math_renderer("mathml", inline, displayed)
+    app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ def results(name: str) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write(path: Path, text: str) -> None:
-    """Write a page that differs from what is there: Sphinx builds only these again."""
-    path.parent.mkdir(exist_ok=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+def write_pages(folder: str, pages: dict[str, str]) -> None:
+    """Write pages, by file name, into a folder of the site that has nothing else."""
+    shutil.rmtree(SITE / folder, ignore_errors=True)
+    (SITE / folder).mkdir()
+    for name, text in pages.items():
+        (SITE / folder / name).write_text(text, encoding="utf-8")
 
 
 # --- findings --------------------------------------------------------------------------------
@@ -90,8 +92,9 @@ def verdicts() -> Iterator[str]:
 # --- notebooks -------------------------------------------------------------------------------
 
 
-def copy_notebooks() -> None:
-    """Copy the notebooks beside the pages, with the set-up and answers to exercises folded."""
+def notebook_pages() -> dict[str, str]:
+    """Return the notebooks, with the code of set-up and of answers to exercises folded."""
+    pages = {}
     names = "|".join(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -104,37 +107,38 @@ def copy_notebooks() -> None:
                 # Jupyter's links to headings keep capitals, and other notebooks are named in code.
                 text = re.sub(r"\]\(#(.*?)\)", lambda m: m[0].lower(), text)
                 cell["source"] = re.sub(rf"(?<!\[)`({names})`", r"[\1](\1.ipynb)", text)
-        write(SITE / "notebooks" / path.name, json.dumps(notebook))
+        pages[path.name] = json.dumps(notebook)
+    return pages
 
 
 # --- API -------------------------------------------------------------------------------------
 
 
-def write_api() -> None:
-    """Write a page for each module of helpers, from its source, and one that lists them."""
-    rows, pages = [], []
+def api_pages() -> dict[str, str]:
+    """Return a page for each module of helpers, from its source, and one that lists them."""
+    rows, pages = [], {}
     for path in sorted((ROOT / "helpers").glob("[!_]*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         summary = prose(tree).partition("\n\n")[0].replace("\n", " ")
         rows.append((f"[{path.stem}]({path.stem}.md)", summary))
-        pages.append(path.stem)
         lines = [f"# {path.stem}", "", f"```{{py:module}} helpers.{path.stem}", "```", ""]
         lines += [prose(tree), "", *(part for node in tree.body for part in describe(node))]
-        write(SITE / "api" / f"{path.stem}.md", "\n".join(lines) + "\n")
+        pages[f"{path.stem}.md"] = "\n".join(lines) + "\n"
     tree = ast.parse((ROOT / "helpers" / "__init__.py").read_text(encoding="utf-8"))
     parts = ["# The package helpers", prose(tree), table(["module", "what it is for"], rows)]
     parts.append("\n".join(["```{toctree}", ":hidden:", "", *pages, "```"]))
-    write(SITE / "api" / "index.md", "\n\n".join(parts) + "\n")
+    return pages | {"index.md": "\n\n".join(parts) + "\n"}
 
 
 def prose(node: ast.AST) -> str:
     """Return a docstring as Markdown: parameters as a list, columns as they are."""
+    parameters = "|".join(n.arg for n in ast.walk(node) if isinstance(n, ast.arg)) or "$"
     blocks = (ast.get_docstring(node) or "").split("\n\n")
     for i, block in enumerate(blocks):
         if len(re.findall(r"^\w+ {2,}\S", block, re.MULTILINE)) > 1:
             blocks[i] = "\n".join(f"    {line}" for line in block.splitlines())
         elif not block.startswith("    "):
-            block = re.sub(r"^(\w+): ", r"- **\1**: ", block, flags=re.MULTILINE)
+            block = re.sub(rf"^({parameters}): ", r"- **\1**: ", block, flags=re.MULTILINE)
             # Outside of code, what stands in angle brackets is no HTML.
             parts = re.split(r"(`[^`]*`)", block)
             blocks[i] = "".join(p if p.startswith("`") else p.replace("<", r"\<") for p in parts)

@@ -7,7 +7,7 @@ const colours = bytes(data.colours); // of the map, 256 times red, green, blue
 const form = document.getElementById("explorer");
 const element = (id) => document.getElementById(id);
 const chosen = (name) => Number(form.elements[name].value);
-const percent = (share) => (share < 0.005 ? "under 1 %" : `${Math.round(100 * share)} %`);
+const percent = (share) => (share < 0.005 ? "under 1\u00a0%" : `${Math.round(100 * share)}\u00a0%`);
 const best = (values) => values.indexOf(Math.max(...values));
 const isRight = (image) => image.answers.every((answer) => best(answer.shares) === image.label);
 
