@@ -6,16 +6,11 @@ from pathlib import Path
 
 from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import content
 
-maps = json.loads((content.SITE / "explorer" / "maps.json").read_text(encoding="utf-8"))
-if maps["set"] != content.published_set().name:
-    raise ValueError(
-        f"the explorer's maps are of {maps['set']}, the published set is "
-        f"{content.published_set().name}: run `python site/maps.py`"
-    )
 content.write_pages("notebooks", content.notebook_pages())
 content.write_pages("api", content.api_pages())
 
@@ -51,5 +46,12 @@ def displayed_formula(writer, node):
 
 
 def setup(app):
-    """Have formulas written as MathML."""
+    """Have formulas written as MathML; ConfigError if the explorer's maps are of another set."""
     app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
+    maps = json.loads((content.SITE / "explorer" / "maps.json").read_text(encoding="utf-8"))
+    published = content.published_set().name
+    if maps["set"] != published:
+        raise ConfigError(
+            f"the explorer's maps are of {maps['set']}, the published set is {published}: "
+            "run `python site/maps.py`"
+        )

