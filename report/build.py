@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,21 +87,36 @@ def check_one_dataset(set_folder: Path) -> None:
                 )
 
 
-# The README's figures and what they show, for who can't see them.
-README_FIGURES = {
-    "04_cost": "Test accuracy against multiply-adds and training time, SimpleCNN to ResNet-50",
-    "05_misclassified": "The most confident errors, with the evidence for the predicted and for "
-    "the true class",
-}
+def findings(set_folder: Path) -> list[str]:
+    """Return what the README says first: a sentence or two on maps, depth and others' claims."""
+    names = ("04_depth", "05_gradcam", "claims")
+    depth, cam, others = (
+        json.loads((set_folder / "results" / f"{name}.json").read_text()) for name in names
+    )
+    _, without_mark, with_mark, _ = cam["tables"]["shortcut"]["rows"][1]
+    (deeper,) = (c for c in depth["claims"] if c["claim"] == "Deeper is better")
+    words = Counter(claim["verdict"] for claim in others)
+    return [
+        "- **Right for the wrong reason.** A network that was trained with a mark in a corner of "
+        f"each image is right on {with_mark} % of marked test images, and on {without_mark} % of "
+        "the same images without it. A test on images like its own can't tell; a map does.",
+        f"- **Depth.** “Deeper is better” {deeper['verdict']}: {deeper['effect']}.",
+        f"- **What others claim.** {len(others)} claims of tutorials and student projects, each "
+        "judged by an interval and among networks that have learnt their training images: "
+        f"{', '.join(f'{word} ({count})' for word, count in words.most_common())}.",
+    ]
 
 
 def results_section(set_folder: Path) -> str:
-    """Return the README's figures and table of results as Markdown."""
+    """Return the README's findings, figure and table of results as Markdown."""
     depth = json.loads((set_folder / "results" / "04_depth.json").read_text())
-    lines = []
-    for name, text in README_FIGURES.items():
-        lines += [f"![{text}](analysis/{set_folder.name}/figures/{name}.png)", ""]
-    lines += [
+    lines = [
+        *findings(set_folder),
+        "",
+        "![Six marked images with the maps of two networks: that trained without the mark looks "
+        "at the object, that trained with it at the mark in the corner]"
+        f"(analysis/{set_folder.name}/figures/05_shortcut.png)",
+        "",
         "| network | test accuracy (%) | parameters | multiply-adds | training |",
         "|---|---|---|---|---|",
     ]
