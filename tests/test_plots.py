@@ -102,6 +102,15 @@ def test_a_thing_keeps_its_colour() -> None:
     assert colours(plots.interval_curves(without, **labels)) == {"b": plots.PALETTE[1]}
 
 
+def test_points_are_named_beside_the_panel_those_of_the_frontier_in_bold() -> None:
+    places = {"a": (1, 0.3), "b": (3, 0.2), "c": (2, 0.5)}
+    values = {"": {name: {x: interval(y)} for name, (x, y) in places.items()}}
+    figure = plots.interval_curves(values, xlabel="s", ylabel="%")
+    assert plots.label_points(figure, values) == [["a", "c"]] and not figure.legends
+    bold = {text.get_text(): text.get_weight() == "bold" for text in figure.axes[0].texts}
+    assert list(bold.items()) == [("b", False), ("a", True), ("c", True)]
+
+
 def test_the_mean_of_curves_goes_as_far_as_all_seeds() -> None:
     figure = plots.curves({"": {"loss": seeds(3, 5)}}, xlabel="epoch", ylabel="loss")
     *single, mean = figure.axes[0].lines
