@@ -72,16 +72,13 @@ def iou(maps: Tensor, masks: Tensor) -> Scores:
     return _scores((region & masks).sum((1, 2)) / union, maps, masks)
 
 
-@dataclass(frozen=True, eq=False)
-class Mosaics:
-    """Grids of images of different classes, cell by cell in reading order."""
+def mosaics(
+    images: Tensor, labels: Tensor, grid: tuple[int, int], count: int
+) -> tuple[Tensor, Tensor]:
+    """Draw mosaics of rows x columns images, no class twice (Böhle et al., CVPR 2021).
 
-    images: Tensor  # M x 3 x rows * H x columns * W
-    labels: Tensor  # M x cells (int64), the class of each
-
-
-def mosaics(images: Tensor, labels: Tensor, grid: tuple[int, int], count: int) -> Mosaics:
-    """Draw `count` mosaics of rows x columns images, no class twice (Böhle et al., CVPR 2021)."""
+    Returned are `count` large images and the classes, count x cells, in reading order.
+    """
     rows, columns = grid
     classes = labels.unique()
     if len(classes) < rows * columns:
@@ -95,7 +92,7 @@ def mosaics(images: Tensor, labels: Tensor, grid: tuple[int, int], count: int) -
     sources = torch.from_numpy(sources)
     tiles = images[sources.to(images.device)].unflatten(1, grid)
     whole = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-    return Mosaics(whole, labels[sources.to(labels.device)])
+    return whole, labels[sources.to(labels.device)]
 
 
 def grid_pointing_game(maps: Tensor, grid: tuple[int, int]) -> Scores:
@@ -137,20 +134,18 @@ def insertion_deletion(
     return area(gaussian_blur(images, 11, 5.0), images), area(images, torch.zeros_like(images))
 
 
-def drop_and_increase(
-    model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor
-) -> tuple[Scores, Scores]:
-    """Relative drop, and increase, of the probability when the image is multiplied by the map.
+def average_drop(model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor) -> Scores:
+    """Relative drop of the probability when the image is multiplied by the map; low is good.
 
-    With Y before and O after: max(0, Y - O) / Y, low is good, and 1 where O > Y, high is good
-    (Chattopadhay et al., Grad-CAM++, WACV 2018). Maps are scaled to a maximum of 1.
+    With Y before and O after: max(0, Y - O) / Y (Chattopadhay et al., Grad-CAM++, WACV 2018).
+    Maps are scaled to a maximum of 1.
     """
     maps, _ = _check(maps)
     peak = maps.amax((1, 2), keepdim=True)
     seen = images * (maps / torch.where(peak > 0, peak, 1))[:, None].to(images)
     before, after = (_probabilities(model, x, targets) for x in (images, seen))
     drop = (before - after).clamp(min=0) / before.clamp(min=torch.finfo(before.dtype).tiny)
-    return _scores(drop, maps), _scores((after > before).double(), maps)
+    return _scores(drop, maps)
 
 
 def road(

@@ -66,11 +66,6 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def epochs_to_accuracy(validation_accuracy: Sequence[float], target: float) -> int | None:
-    """Return the first epoch (from 1) whose validation accuracy reaches `target`, or None."""
-    return next((i for i, a in enumerate(validation_accuracy, start=1) if a >= target), None)
-
-
 def robustness(
     model: nn.Module, corrupted: Tensor, labels: Tensor, mean: Tensor, std: Tensor, **how: Any
 ) -> np.ndarray:

@@ -27,6 +27,7 @@ from helpers.config import Study
 from helpers.evaluation import Interval
 
 Picture = Tensor | np.ndarray
+Points = Mapping[str, Mapping[str, Mapping[float, Interval]]]  # {title: {line: {x: Interval}}}
 PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vP<>X"
 LARGEST_FIGURE = 300_000  # bytes: figures are committed, so they stay small
@@ -151,7 +152,7 @@ def intervals(
 
 
 def interval_curves(
-    values: Mapping[str, Mapping[str, Mapping[float, Interval]]],
+    values: Points,
     *,
     xlabel: str | Mapping[str, str],
     ylabel: str,
@@ -191,33 +192,26 @@ def interval_curves(
     return _finish(figure, values, xlabel, ylabel, share_y=True)
 
 
-def label_points(
-    figure: Figure, values: Mapping[str, Mapping[str, Mapping[float, Interval]]]
-) -> list[list[str]]:
+def label_points(figure: Figure, values: Points) -> list[list[str]]:
     """Name the points of `interval_curves(values)` beside their panels, by height: no legend.
 
     Returns the names on each panel's frontier, from left to right: no other point is as far left
     and as high. They are bold, and joined by a dashed line.
     """
-    for legend in list(figure.legends):
-        legend.remove()
-    rows, columns = figure.axes[0].get_gridspec().get_geometry()
-    figure.set_size_inches(5.3 * columns, 3.2 * rows)
+    figure.legends[0].remove()
+    figure.set_size_inches(1.2 * figure.get_size_inches())
     frontiers = []
     for axes, lines in zip(figure.axes, values.values(), strict=True):
-        points = {n: (x, 100 * v.mean) for n, line in lines.items() for x, v in line.items()}
-        best = {}
-        for i, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1][1])):
-            if all(a > x or b < y or (a, b) == (x, y) for a, b in points.values()):
-                best[name] = x, y
-            look = {"fontsize": 8, "va": "center", "weight": "bold" if name in best else "normal"}
+        places = {n: (x, 100 * v.mean) for n, line in lines.items() for x, v in line.items()}
+        points = pd.DataFrame(places, ["x", "y"]).T.sort_values(["x", "y"], ascending=[True, False])
+        best = points[points["y"] > points["y"].cummax().shift(fill_value=-1)]
+        for i, (name, point) in enumerate(points.sort_values("y").iterrows()):
+            look = {"fontsize": 8, "va": "center", "weight": "bold" if name in best.index else None}
             look["arrowprops"] = {"arrowstyle": "-", "color": "0.7", "lw": 0.6, "relpos": (0, 0.5)}
-            beside = 1.06, i / max(1, len(points) - 1)
-            label = literal(name).replace(", ", ",\n", 1)
-            axes.annotate(label, (x, y), beside, textcoords="axes fraction", **look)
-        frontiers.append(sorted(best, key=best.get))
-        steps = sorted(best.values())
-        axes.plot(*zip(*steps, strict=True), "--", color="0.4", lw=1, drawstyle="steps-post")
+            label, beside = literal(name).replace(", ", ",\n", 1), (1.06, i / (len(points) - 1))
+            axes.annotate(label, point, beside, textcoords="axes fraction", **look)
+        axes.plot(best["x"], best["y"], "--", color="0.4", lw=1, drawstyle="steps-post")
+        frontiers.append(list(best.index))
     return frontiers
 
 

@@ -20,11 +20,6 @@ from helpers.evaluation import Interval, Verdict, seeds_intervals
 from helpers.runs import Result, machine
 
 
-def gap(result: Result) -> float:
-    """Return the generalization gap: training accuracy (no augmentation) minus test accuracy."""
-    return result.metrics["train"]["accuracy"] - result.metrics["test"]["accuracy"]
-
-
 def mean_metrics(results: Sequence[Result], split: str = "test") -> dict[str, float]:
     """Return each metric of a split as its mean over seeds."""
     names = results[0].metrics[split]

@@ -15,7 +15,6 @@ from helpers.data import Split
 from helpers.evaluation import (
     Interval,
     bootstrap_interval,
-    epochs_to_accuracy,
     expected_calibration_error,
     fit_temperature,
     gradient_norms,
@@ -312,11 +311,6 @@ def test_intervals_as_percentages() -> None:
     assert [percent(x) for x in (0.6535, 0.2035, -0.0005, 0.1)] == ["65.4", "20.4", "-0.1", "10.0"]
     assert [percent(x, "+") for x in (0.013, -0.013)] == ["+1.3", "-1.3"]
     assert [percent(x) for x in (-0.0001, 0.0, -0.0)] == ["0.0"] * 3
-
-
-def test_epochs_to_accuracy_counts_from_one() -> None:
-    expected = {0.1: 1, 0.5: 2, 0.6: 2, 0.61: 4, 0.9: 4, 0.91: None}
-    assert {t: epochs_to_accuracy([0.2, 0.6, 0.4, 0.9], t) for t in expected} == expected
 
 
 # --- Cost and gradients ------------------------------------------------------------------------

@@ -65,14 +65,13 @@ def test_results_of_other_seeds_or_images_are_not_compared(result: Result) -> No
             results.differences({"good": good, "poor": others}, "good")
 
 
-def test_means_gaps_and_networks_that_were_trained_out(result: Result) -> None:
+def test_means_and_networks_that_were_trained_out(result: Result) -> None:
     made = [
         replace(result, metrics={"train": {"accuracy": train}, "test": {"accuracy": test, "f1": 1}})
         for train, test in ((0.95, 0.5), (0.99, 0.7))
     ]
     assert results.mean_metrics(made) == pytest.approx({"accuracy": 0.6, "f1": 1})
     assert results.mean_metrics(made, "train") == pytest.approx({"accuracy": 0.97})
-    assert results.gap(made[0]) == pytest.approx(0.45)
     assert results.trained_out(made)
     made[1].metrics["train"]["accuracy"] = 0.949
     assert not results.trained_out(made)
