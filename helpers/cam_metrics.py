@@ -39,12 +39,9 @@ class Scores:
     empty_mask: int = 0
 
     def interval(self) -> Interval:
-        """Mean of the scored images with its bootstrap interval; ValueError if there are none."""
+        """Mean of the scored images with its bootstrap interval; of none, the widest there is."""
         scored = self.values[~np.isnan(self.values)]
-        if not len(scored):
-            left_out = f"{self.all_zero} all-zero maps, {self.empty_mask} empty masks"
-            raise ValueError(f"no image could be scored: {left_out}.")
-        return bootstrap_interval(scored)
+        return bootstrap_interval(scored) if len(scored) else Interval(0.0, -1.0, 1.0, 0)
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Scores:
@@ -137,8 +134,7 @@ def insertion_deletion(
 def average_drop(model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor) -> Scores:
     """Relative drop of the probability when the image is multiplied by the map; low is good.
 
-    With Y before and O after: max(0, Y - O) / Y (Chattopadhay et al., Grad-CAM++, WACV 2018).
-    Maps are scaled to a maximum of 1.
+    max(0, 1 - after / before), maps scaled to 1 (Chattopadhay et al., Grad-CAM++, WACV 2018).
     """
     maps, _ = _check(maps)
     peak = maps.amax((1, 2), keepdim=True)

@@ -223,19 +223,17 @@ def curves(
     percent: bool = False,
     log_x: bool = False,
     log_y: bool = False,
-    marks: Mapping[str, Mapping[str, Any]] | None = None,
     share_y: bool = True,
 ) -> Figure:
     """Show curves, {title: {line: [one Series a seed, its index is x]}}, a panel a title.
 
-    Thin lines are seeds, thick ones their mean as far as all seeds got (over x, too, if seeds
-    differ in it). `marks[title]` maps labels (or "") to x, or several, of vertical dashed lines.
+    Thin lines are seeds, thick ones their mean (over x, too) as far as all seeds got.
     """
     styles, count = _styles(values.values()), len(values)
     columns = 2 if count in (2, 4) else min(count, 3)
     width = 6.5 if count == 1 else 8.8 / columns
     figure, axes_list = panels(count, columns, width, 3.0 if count <= 2 else 2.4)
-    for axes, (title, lines) in zip(axes_list, values.items(), strict=True):
+    for axes, lines in zip(axes_list, values.values(), strict=True):
         axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
         for name, seeds in lines.items():
             colour, shortest = styles[name]["color"], min(map(len, seeds))
@@ -244,9 +242,6 @@ def curves(
             x = np.mean([seed.index[:shortest] for seed in seeds], axis=0)
             y = np.mean([seed[:shortest] for seed in seeds], axis=0)
             axes.plot(x, y, color=colour, lw=1.8, label=literal(name))
-        for i, (label, places) in enumerate((marks or {}).get(title, {}).items()):
-            for place in np.atleast_1d(places):
-                axes.axvline(place, color="0.4", lw=1.1, ls=("--", ":", "-.")[i % 3], label=label)
         if not log_x:
             whole = all((s.index % 1 == 0).all() for seeds in lines.values() for s in seeds)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))

@@ -88,8 +88,17 @@ class TestEachNotebook:
         for cell in read(path).cells:
             row = row + 1 if cell.cell_type == "code" else 0
             assert row <= 2, f"three code cells in a row: {cell.source}"
-            if cell.cell_type == "code":
-                assert len(cell.source.splitlines()) <= 40, cell.source
+            assert not row or len(cell.source.splitlines()) <= 40, cell.source
+
+    def test_it_is_short_but_for_answers_and_what_introduces_them(self, path: Path) -> None:
+        cells, lines, answered = 0, 0, False
+        for cell in reversed(read(path).cells):
+            introduces = answered and cell.cell_type == "markdown"
+            answered = "answer" in cell.metadata.get("tags", [])
+            cells += not (answered or introduces)
+            if cell.cell_type == "code" and not answered:
+                lines += sum(bool(line.strip()) for line in cell.source.splitlines())
+        assert cells <= 60 and lines <= 450, (cells, lines)
 
     def test_opening_states_question_files_and_run_time(self, path: Path) -> None:
         opening = read(path).cells[0].source

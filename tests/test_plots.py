@@ -64,7 +64,6 @@ FIGURES = {
         xlabel="epoch",
         ylabel="loss",
         log_y=True,
-        marks={MANY[0]: {"": [2, 3], "kept": 1}},
     ),
     "matrices": lambda: plots.matrix(
         {n: square(MANY[:2]) for n in NETWORKS}, xlabel="x", ylabel="y"
