@@ -61,14 +61,6 @@ def energy_in_mask(maps: Tensor, masks: Tensor) -> Scores:
     return _scores((maps * masks).sum((1, 2)) / maps.sum((1, 2)), maps, masks)
 
 
-def iou(maps: Tensor, masks: Tensor) -> Scores:
-    """Intersection over union of the mask and the pixels with at least half of the maximum."""
-    maps, masks = _check(maps, masks)
-    region = maps >= 0.5 * maps.amax((1, 2), keepdim=True)
-    union = (region | masks).sum((1, 2))
-    return _scores((region & masks).sum((1, 2)) / union, maps, masks)
-
-
 def mosaics(
     images: Tensor, labels: Tensor, grid: tuple[int, int], count: int
 ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ channels, so that the network really shrinks.
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import torch
@@ -110,9 +109,3 @@ def load_weights(model: nn.Module, content: bytes) -> None:
             layer.out_features, layer.in_features = layer.weight.shape
         elif isinstance(layer, nn.BatchNorm2d):
             layer.num_features = len(layer.weight)
-
-
-def stored_bytes(model: nn.Module) -> tuple[int, int]:
-    """Return the bytes of a network's safetensors file, plain and compressed by gzip."""
-    content = weights_file(model)
-    return len(content), len(gzip.compress(content, compresslevel=6, mtime=0))

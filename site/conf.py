@@ -50,8 +50,10 @@ def setup(app):
     app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
     maps = json.loads((content.SITE / "explorer" / "maps.json").read_text(encoding="utf-8"))
     published = content.published_set().name
-    if maps["set"] != published:
+    depth, networks = content.results("04_depth"), [n["name"] for n in maps["networks"]]
+    expected = (published, depth["data"]["classes"], list(depth["networks"]))
+    if (maps["set"], maps["classes"], networks) != expected:
         raise ConfigError(
-            f"the explorer's maps are of {maps['set']}, the published set is {published}: "
-            "run `python site/maps.py`"
+            f"the explorer's maps are of {maps['set']}, classes {maps['classes']} and {networks}; "
+            f"{published} with {expected[1:]} is published: run `python site/maps.py`"
         )

@@ -60,20 +60,12 @@ ONES = torch.ones(len(MASKS), 3, 16, 16)
 ZEROS = torch.zeros(len(MASKS), dtype=torch.long)
 
 
-@pytest.mark.parametrize(
-    ("metric", "uniform", "random"),
-    [
-        (metrics.pointing_game, AREA, AREA),
-        (metrics.energy_in_mask, AREA, AREA),
-        # A uniform map marks everything; half of a random one is marked.
-        (metrics.iou, AREA, 0.5 * AREA / (AREA + 0.5 * (1 - AREA))),
-    ],
-)
-def test_placement_of_known_maps(metric, uniform, random):
+@pytest.mark.parametrize("metric", [metrics.pointing_game, metrics.energy_in_mask])
+def test_placement_of_known_maps(metric):
     assert (metric(PERFECT, MASKS).values == 1).all()
     assert (metric(INVERTED, MASKS).values == 0).all()
-    assert metric(UNIFORM, MASKS).values == pytest.approx(uniform)
-    assert metric(RANDOM, MASKS).interval().mean == pytest.approx(random, abs=0.05)
+    assert metric(UNIFORM, MASKS).values == pytest.approx(AREA)
+    assert metric(RANDOM, MASKS).interval().mean == pytest.approx(AREA, abs=0.05)
     scaled = metric(PERFECT * 7 + 0.1, MASKS).values
     assert scaled == pytest.approx(metric((PERFECT * 7 + 0.1) / 3, MASKS).values)
 
@@ -85,10 +77,9 @@ def test_placement_values_worked_out_by_hand():
     rounded = maps * torch.tensor([[[1 - 1e-7, 1, 1], [1, 1, 1]]])  # still the same maximum
     assert metrics.pointing_game(rounded, masks).values == pytest.approx([1 / 2])
     assert metrics.energy_in_mask(maps, masks).values == pytest.approx([7 / 12])
-    assert metrics.iou(maps, masks).values == pytest.approx([2 / 4])
 
 
-@pytest.mark.parametrize("metric", [metrics.pointing_game, metrics.energy_in_mask, metrics.iou])
+@pytest.mark.parametrize("metric", [metrics.pointing_game, metrics.energy_in_mask])
 def test_empty_masks_and_zero_maps_are_counted_apart(metric):
     maps, masks = PERFECT.clone(), MASKS.clone()
     maps[:3] = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gzip
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
@@ -158,17 +156,6 @@ def test_a_network_without_half_of_its_channels_computes_loads_and_is_small(name
     assert repr(whole) == repr(model)  # so that it can be pruned again
     finetuning.prune_channels(whole, 0.5, 16)
     assert models.count_parameters(whole) < 0.4 * models.count_parameters(model)
-
-
-def test_stored_bytes_are_those_of_the_file_and_zeros_compress() -> None:
-    model = network()
-    content = save_safetensors({n: v.contiguous() for n, v in model.state_dict().items()})
-    plain, compressed = finetuning.stored_bytes(model)
-    assert (plain, compressed) == (len(content), len(gzip.compress(content, 6, mtime=0)))
-    finetuning.prune_weights(model, 0.9)
-    finetuning.make_permanent(model)
-    pruned = finetuning.stored_bytes(model)
-    assert pruned[0] == plain and pruned[1] < 0.3 * compressed
 
 
 @pytest.fixture
