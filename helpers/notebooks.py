@@ -113,10 +113,9 @@ def executed(path: Path, study: Study) -> Path:
 def state(path: Path, study: Study) -> str:
     """Return a hash of a notebook, of all that it hangs on, and of the files that it wrote."""
     folder, written = check_dataset(study.dataset), study.folder.glob(f"*/{path.name[:3]}*")
-    here = (repr(study), folder and folder.state, machine(study.device))
-    installed = sorted(f"{found.name} {found.version}" for found in metadata.distributions())
+    here = (study, folder and folder.state, machine(study.device))  # machine: torch's version, too
     cells = [RUN_TIME.sub("", cell.source) for cell in nbformat.read(path, as_version=4).cells]
-    digest = hashlib.sha256(f"{here} {installed} {cells}".encode())
+    digest = hashlib.sha256(f"{here} {cells}".encode())
     for file in (*sorted((ROOT / "helpers").glob("*.py")), *sorted(written)):
         digest.update(file.read_bytes())
     return digest.hexdigest()
