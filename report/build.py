@@ -4,7 +4,9 @@
     python report/build.py --publish     also report/report.pdf and the README's tables
 
 Nothing is computed here: report.typ reads the results, and a missing one is an error. The same
-results give the same bytes.
+results give the same bytes. Prose that interprets a set is in findings-<set>.typ; if a number that
+it names has moved, as on another machine, the set's report is built without it, and the published
+one isn't built.
 """
 
 from __future__ import annotations
@@ -21,13 +23,22 @@ import typst
 
 from helpers import config
 from helpers.config import PROFILES, ROOT, write_atomically
+from helpers.loader import Augmentation
 from helpers.notebooks import clock
+from helpers.recipes import RECIPES
+
+REPORT = ROOT / "report"
 
 
-def build(set_folder: Path) -> bytes:
+class MovedError(ValueError):
+    """A number or verdict of the findings isn't that of the results."""
+
+
+def build(set_folder: Path, *, with_findings: bool = True) -> bytes:
     """Return the PDF of a set's report.
 
-    Raises FileNotFoundError if the set has no results, ValueError if one is missing in it.
+    Raises FileNotFoundError if the set has no results, MovedError if its findings name a number
+    that has moved, and ValueError if a result is missing or a number of the findings is unguarded.
     """
     if not (set_folder / "results").is_dir():
         raise FileNotFoundError(
@@ -36,21 +47,60 @@ def build(set_folder: Path) -> bytes:
     check_one_dataset(set_folder)
     claims = json.dumps(claims_of_others(set_folder), indent=1)
     write_atomically(set_folder / "results" / "claims.json", claims.encode())
+    findings = REPORT / f"findings-{set_folder.name}.typ"
+    with_findings = with_findings and findings.is_file()
+    if with_findings and (unguarded := unguarded_numbers(findings.read_text())):
+        raise ValueError(f"{findings} has numbers outside #measured: {unguarded}")
+    inputs = {"findings": findings.name if with_findings else "", "recipes": recipe_table()}
     # Typst reads below one root only; a set elsewhere (ANALYSIS_DIR) is linked in by its own root.
     root = ROOT if set_folder.is_relative_to(ROOT) else Path("/")
     try:
         return typst.compile(
-            str(ROOT / "report" / "report.typ"),
+            str(REPORT / "report.typ"),
             root=str(root),
-            sys_inputs={"set": "/" + set_folder.relative_to(root).as_posix()},
+            sys_inputs=inputs | {"set": "/" + set_folder.relative_to(root).as_posix()},
             ignore_system_fonts=True,
             timestamp=0,
         )
     except typst.TypstError as error:
+        if "has moved" in str(error):
+            raise MovedError(f"{findings}: {error}. Read it again beside the results") from error
         raise ValueError(
             f"the report of {set_folder} can't be built: {error}. If a result or figure is "
             "missing, run all notebooks with `make study`."
         ) from error
+
+
+def unguarded_numbers(findings: str) -> list[str]:
+    """Return the lines of a findings file with a number that isn't compared with the results.
+
+    Names such as ResNet-18 or layer3 and references are none.
+    """
+    for known in (r"//.*", r'#\w+\((?:"[^"]*"|[^()"])*\)', r"@[\w-]+", r"\b[A-Za-z]+-?\d+\b"):
+        findings = re.sub(known, "", findings)
+    return [line.strip() for line in findings.splitlines() if re.search(r"\d", line)]
+
+
+def recipe_table() -> str:
+    """Return the recipes as JSON, a table as the notebooks write them."""
+    rows = []
+    for recipe in RECIPES.values():
+        rate = f"{recipe.learning_rate:g}"
+        if recipe.reference_batch_size:
+            rate += f" for {recipe.reference_batch_size}"
+        momentum = f"{recipe.momentum:g}{' Nesterov' if recipe.nesterov else ''}"
+        settings = (recipe.name, recipe.optimizer, rate, recipe.schedule, recipe.batch_size)
+        settings += (momentum if recipe.optimizer == "sgd" else "", f"{recipe.weight_decay:g}")
+        rows.append([*map(str, settings), described(recipe.augmentation), str(recipe.epochs)])
+    names = "recipe,optimizer,learning rate,schedule,batch,momentum,weight decay,augmentation,epochs"
+    return json.dumps({"columns": names.split(","), "rows": rows})
+
+
+def described(augmentation: Augmentation) -> str:
+    """Return what an augmentation does; pixels are those of images of 32."""
+    sizes = {"shift": augmentation.crop_padding, "cutout": augmentation.cutout}
+    parts = ["flip"] * augmentation.flip + [f"{name} {n}" for name, n in sizes.items() if n]
+    return ", ".join(parts) or "none"
 
 
 def claims_of_others(set_folder: Path) -> list[dict[str, object]]:
@@ -187,7 +237,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study = config.study()
     set_folder = study.folder
     try:
-        pdf = build(set_folder)
+        try:
+            pdf = build(set_folder)
+        except MovedError as error:
+            if options.publish:
+                raise
+            print(f"{error}. For now the report is built without it.", file=sys.stderr)
+            pdf = build(set_folder, with_findings=False)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
