@@ -92,8 +92,9 @@ def recipe_table() -> str:
         settings = (recipe.name, recipe.optimizer, rate, recipe.schedule, recipe.batch_size)
         settings += (momentum if recipe.optimizer == "sgd" else "", f"{recipe.weight_decay:g}")
         rows.append([*map(str, settings), described(recipe.augmentation), str(recipe.epochs)])
-    names = "recipe,optimizer,learning rate,schedule,batch,momentum,weight decay,augmentation,epochs"
-    return json.dumps({"columns": names.split(","), "rows": rows})
+    names = ["recipe", "optimizer", "learning rate", "schedule", "batch", "momentum"]
+    names += ["weight decay", "augmentation", "epochs"]
+    return json.dumps({"columns": names, "rows": rows})
 
 
 def described(augmentation: Augmentation) -> str:
