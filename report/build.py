@@ -138,7 +138,7 @@ def check_one_dataset(set_folder: Path) -> None:
                 )
 
 
-def findings(set_folder: Path) -> list[str]:
+def first_lines(set_folder: Path) -> list[str]:
     """Return what the README says first: a sentence or two on maps, depth and others' claims."""
     names = ("04_depth", "05_gradcam", "claims")
     depth, cam, others = (
@@ -162,7 +162,7 @@ def results_section(set_folder: Path) -> str:
     """Return the README's findings, figure and table of results as Markdown."""
     depth = json.loads((set_folder / "results" / "04_depth.json").read_text())
     lines = [
-        *findings(set_folder),
+        *first_lines(set_folder),
         "",
         "![Six marked images with the maps of two networks: that trained without the mark looks "
         "at the object, that trained with it at the mark in the corner]"
