@@ -199,7 +199,7 @@ def label_points(figure: Figure, values: Points) -> list[list[str]]:
     and as high. They are bold, and joined by a dashed line.
     """
     figure.legends[0].remove()
-    figure.set_size_inches(5.3 * min(len(values), 2), 3.3 * -(-len(values) // 2))
+    figure.set_size_inches(4.2 * min(len(values), 2), 3.0 * -(-len(values) // 2))
     frontiers = []
     for axes, lines in zip(figure.axes, values.values(), strict=True):
         places = {n: (x, 100 * v.mean) for n, line in lines.items() for x, v in line.items()}

@@ -109,6 +109,7 @@ def test_a_checkpoint_is_written_after_an_epoch_once_its_time_has_come(attempt: 
 
 def work(run: Run, study: Study, pipe: Any = None) -> None:
     """Train a run; with a pipe, tell of each epoch and wait for an answer."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job lacks
     wait = pipe and (lambda record: (pipe.send(record.epoch), pipe.recv()))
     load_or_train(run, study, on_epoch=wait, checkpoint_seconds=0.0)
 
@@ -142,8 +143,7 @@ def test_killed_at_random_moments(attempt: Attempt) -> None:
 
 def test_ctrl_c_leaves_the_checkpoint_of_the_last_epoch(attempt: Attempt) -> None:
     here, there = processes.Pipe()
-    process = processes.Process(target=work, args=(attempt.run, attempt.study, there))
-    process.start()
+    (process := processes.Process(target=work, args=(attempt.run, attempt.study, there))).start()
     there.close()  # so that a process that dies ends the waiting
     here.send("go on after the first")
     assert (here.recv(), here.recv()) == (1, 2)
