@@ -13,6 +13,7 @@ import io
 import shutil
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,7 @@ TEST_SHARE = 0.2  # of all images, for folders without test/
 DRAWN_SIZES = (45_000, 5_000, 10_000)  # CIFAR-10's, with its tenth for validation
 DRAWN_LIMIT = 1_000_000  # images of a split
 DRAWN_PROBE = 200  # images of each drawn split that the fingerprint covers: the rest follow
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,6 @@ def fingerprint(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-Arrays = dict[str, np.ndarray]
-
-
 def cached(path: Path, make: Callable[[], Arrays], save: Callable[..., None] = np.savez) -> Arrays:
     """Return the arrays of an npz file; if it's missing or damaged, they are made and stored."""
     # The file has a checksum for each array; numpy raises nearly anything when it is damaged.
@@ -152,6 +151,9 @@ def cached(path: Path, make: Callable[[], Arrays], save: Callable[..., None] = n
     arrays, content = make(), io.BytesIO()
     save(content, **arrays)
     with contextlib.suppress(OSError):  # a full or read-only disk costs time, nothing else
+        for left in path.parent.glob(".*.tmp"):  # by a process that was killed while writing
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
         write_atomically(path, content.getbuffer())
     return arrays
 
@@ -264,15 +266,13 @@ def of_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
     if unknown := [name for name in names if name not in dataset.classes]:
         have = ", ".join(dataset.classes)
         raise ValueError(f"{dataset.title} has no class {unknown[0]!r}; its classes are {have}")
-    kept = [number for number, name in enumerate(dataset.classes) if name in names]
+    kept = torch.tensor([k for k, name in enumerate(dataset.classes) if name in names])
 
     def part(split: Split) -> Split:
-        inside = torch.isin(split.labels, torch.tensor(kept))
-        return Split(
-            split.images[inside], torch.bucketize(split.labels[inside], torch.tensor(kept))
-        )
+        inside = torch.isin(split.labels, kept)
+        return Split(split.images[inside], torch.bucketize(split.labels[inside], kept))
 
-    classes = tuple(dataset.classes[number] for number in kept)
+    classes = tuple(dataset.classes[k] for k in kept)
     splits = {split: part(getattr(dataset, split)) for split in SPLITS}
     title = f"{dataset.title}: {', '.join(classes)}"
     return replace(dataset, title=title, classes=classes, **splits)
@@ -288,7 +288,12 @@ def check_dataset(name: str) -> ImageFolder | None:
             f"dataset {name!r} is unknown; choose one of {', '.join(DATASETS)}, or give the path "
             f"of a folder of images (./{name} if you mean a folder here)"
         )
-    return list_folder(name)
+    try:
+        return list_folder(name)
+    except PermissionError as error:
+        raise ValueError(
+            f"{error.filename} may not be read. Change its permissions, or move it away"
+        ) from None
 
 
 def load_dataset(

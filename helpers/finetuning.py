@@ -59,9 +59,8 @@ def prune_weights(model: nn.Module, sparsity: float) -> None:
     writes the zeros into the weights.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    prune.global_unstructured(
-        [(layer, "weight") for layer in layers], prune.L1Unstructured, amount=sparsity
-    )
+    weights = [(layer, "weight") for layer in layers]
+    prune.global_unstructured(weights, prune.L1Unstructured, amount=sparsity)
     for layer in layers:  # recomputed before each forward pass; a copy of the graph can't be made
         layer.weight = layer.weight.detach()
 

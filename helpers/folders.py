@@ -99,7 +99,8 @@ def list_folder(name: str) -> ImageFolder:
 
 def _listed(folder: Path, expected: Callable[[Path], bool]) -> list[Path]:
     """Return what lies in a folder and counts, by name; raise ValueError for the unexpected."""
-    found = [path for path in sorted(folder.glob("[!.]*")) if path.name.lower() not in NO_IMAGES]
+    there = sorted(folder.iterdir()) if folder.exists() else []
+    found = [p for p in there if p.name[0] != "." and p.name.lower() not in NO_IMAGES]
     for path in found:
         if not expected(path):
             raise ValueError(

@@ -263,6 +263,8 @@ def _forward(model, names, reshape, images, record):
             if "view size is not compatible" not in str(error):
                 raise
             output = model(images)  # a network that flattens with view can't take channels_last
+        except AssertionError as error:  # a vision transformer checks its images so
+            raise ValueError(f"the model refuses images of {_shown(images)}: {error}.") from error
     if missing := [name for name, leaf in kept.items() if leaf is None]:
         raise ValueError(f"the forward pass never ran {missing}; choose other layers.")
     return output, kept

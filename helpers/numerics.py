@@ -27,11 +27,10 @@ def faulty_layer(
 ) -> str | None:
     """Return the first layer whose output or gradients in `dtype` aren't those in float32, or None.
 
-    `images` are a batch as in training, `loss` turns their logits into a number. Whole networks
-    can't be compared: rounding grows from layer to layer, and the first gradients of a ResNet-50 in
-    bfloat16 and float32 have next to nothing in common. So one pass in float32 gives every
-    convolution and linear layer its input and output gradient, and from these both formats compute
-    the layer's output and gradients. The model stays as it is; a structure is checked once.
+    `images` are a batch as in training, `loss` turns their logits into a number. In whole networks
+    rounding grows from layer to layer, so one pass in float32 gives every convolution and linear
+    layer its input and output gradient, and from these both formats compute the layer's output and
+    gradients. The model stays as it is; a structure is checked once.
     """
     key = (str(model), images.shape, images.device, dtype)
     if key not in _checked:

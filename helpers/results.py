@@ -59,9 +59,8 @@ def computed(
 ) -> dict[str, np.ndarray]:
     """Return function(result, *arguments), arrays by name, from the study's set if they are there.
 
-    For what needs a trained network: its answers to other images, maps, times. It is computed anew
-    if the function's source text, the trained run or an argument (by its `repr`) changes. For what
-    the function takes from around it, delete the set's folder computed/.
+    It is computed anew if the function's source text, the trained run or an argument (by its
+    `repr`) changes. For what the function takes from around it, delete the set's folder computed/.
     """
     trained = repr(result.metrics)  # trained on another machine, a run's weights are others
     about = "\n".join([inspect.getsource(function), result.run.key, trained, *map(repr, arguments)])

@@ -331,9 +331,7 @@ def unpack(published: Path, folder: Path) -> None:
     """Write a published run's files as if it had been trained here; RunError if it is damaged."""
     try:
         with zipfile.ZipFile(published) as archive:
-            files = {
-                name: archive.read(name) for name in RESULT_FILES if name in archive.namelist()
-            }
+            files = {n: archive.read(n) for n in RESULT_FILES if n in archive.namelist()}
     except Exception as error:  # a damaged archive raises nearly anything
         raise RunError(f"{published} is damaged ({error}); delete it to train the run") from None
     for name, content in files.items():

@@ -201,12 +201,10 @@ def mixed_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def compiled(model: nn.Module, loader: Loader, dtype: torch.dtype) -> Forward:
     """Return the compiled forward pass of a network, or where that fails, warn and return it as is.
 
-    Small networks are bound by kernel launches; mode "reduce-overhead" replays them as CUDA graphs.
-    Compiling takes up to a minute; a network of the same structure, as with another seed, reuses
-    what was compiled, since torch takes weights as inputs. For another one it is given up first:
-    graphs keep their memory, and from the ninth on torch would no longer compile. Sizes are fixed
-    (`dynamic=False`), since graphs can't be recorded of others. Torch compiles in the first step,
-    the backward pass, too, and then records graphs: three are tried, and the network put back.
+    Small networks are bound by kernel launches; mode "reduce-overhead" replays them as CUDA graphs,
+    of fixed sizes (`dynamic=False`). Compiling takes up to a minute. The same structure with other
+    weights reuses it; for another it is given up first, since graphs keep their memory and torch
+    stops at eight. It compiles in the first step and then records: three are tried, then undone.
     """
     images, _ = next(loader.batches(0))
     if _compiled != (key := [(str(model), images.shape, dtype)]):

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -210,7 +210,7 @@ def test_sizes_out_of_range_are_refused(
             load(name, image_size=size)
 
 
-def test_what_cant_be_loaded_is_explained(load: Callable[..., Dataset]) -> None:
+def test_what_cant_be_loaded_is_explained(load: Callable[..., Dataset], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="9 training images don't cover the 10 classes of Digits"):
         load("digits", train_size=9)
     for name in ("cifar", "CIFAR10", "shapes ", "", "a/\0"):
@@ -223,6 +223,11 @@ def test_what_cant_be_loaded_is_explained(load: Callable[..., Dataset]) -> None:
     assert check_dataset("cifar10") is None, "nothing is downloaded"
     with pytest.raises(FileNotFoundError, match="nowhere has no folder train"):
         check_dataset("./nowhere")
+    (tmp_path / "train").mkdir()
+    with pytest.MonkeyPatch.context() as patch:  # a mode wouldn't keep root out
+        patch.setattr(Path, "iterdir", Mock(side_effect=PermissionError(13, "denied", "cats")))
+        with pytest.raises(ValueError, match="^cats may not be read. Change its permissions"):
+            check_dataset(str(tmp_path))
 
 
 def test_a_folder_gives_its_images_under_their_labels(
@@ -295,16 +300,6 @@ def test_the_fingerprint_is_of_pixels_and_labels_not_of_names_or_places(
     assert agree(after, before) and after.title == "animals"
 
 
-class Planted:
-    """What a pickle would run: it leaves a folder behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
 def test_arrays_are_cached_checked_and_made_again(tmp_path: Path) -> None:
     arrays = {"a": np.arange(300, dtype=np.uint8).reshape(3, 100), "b": np.array([True, False])}
     path, made = tmp_path / "folder" / "arrays.npz", []
@@ -320,10 +315,12 @@ def test_arrays_are_cached_checked_and_made_again(tmp_path: Path) -> None:
         find()
         path.write_bytes(whole[:position])
         find()
-    np.savez(path, a=np.array([Planted(tmp_path / "executed")], dtype=object))
+    np.savez(path, a=np.array([{}], dtype=object))  # a pickle, which might execute something
     find()
-    assert not (tmp_path / "executed").exists()
-    path.unlink(), path.parent.rmdir()
+    left, new = (path.with_name(f".b.npz.{n}.tmp") for n in (1, 2))  # 1: of one killed long ago
+    left.touch(), new.touch(), os.utime(left, (0, 0)), path.unlink(), find()
+    assert new.exists() and not left.exists()
+    new.unlink(), path.unlink(), path.parent.rmdir()
     path.parent.write_text("no folder")  # as on a full or read-only disk
     find()
 

@@ -205,19 +205,16 @@ def test_agrees_with_grad_cam(name, layer):
 
 
 SWIN = functools.partial(torchvision.models.SwinTransformer, [4, 4], 24, [1, 1], [2, 2], [4, 4])
+LAST = functools.partial(torch.permute, dims=(0, 3, 1, 2))
 VIT = functools.partial(torchvision.models.VisionTransformer, 32, 8, 2, 2, 24, 48)
 
 
 @pytest.mark.parametrize(
     ("build", "layer", "reshape"),
     [
-        (SWIN, "features.1", lambda a: a.permute(0, 3, 1, 2)),
-        (SWIN, "norm", lambda a: a.permute(0, 3, 1, 2)),
-        (
-            VIT,
-            "encoder.layers.encoder_layer_1.ln_1",
-            lambda a: a[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2),
-        ),
+        (SWIN, "features.1", LAST),
+        (SWIN, "norm", LAST),
+        (VIT, "encoder.layers.encoder_layer_1.ln_1", lambda a: LAST(a[:, 1:].unflatten(1, (4, 4)))),
     ],
 )
 def test_transformers_agree_with_captum(build, layer, reshape):
@@ -241,6 +238,9 @@ def test_transformers_agree_with_captum(build, layer, reshape):
         assert cam(model, images, None, layer, method, reshape=reshape).maps.shape == (2, 32, 32)
     with pytest.raises(ValueError, match=f"'{layer}' gives .* expected 2 x C x h x w.*`reshape`"):
         cam(model, images, CLASSES, layer)
+    if build is VIT:
+        with pytest.raises(ValueError, match=r"refuses images of torch.float64 \(2, 3, 33, 32\): "):
+            cam(model, F.pad(images, (0, 0, 0, 1)), None, layer)
 
 
 @pytest.mark.parametrize(
