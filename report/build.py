@@ -153,7 +153,8 @@ def first_lines(set_folder: Path) -> list[str]:
         "the same images without it. A test on images like its own can't tell; a map does.",
         f"- **Depth.** “Deeper is better” {deeper['verdict']}: {deeper['effect']}.",
         f"- **What others claim.** {len(others)} claims of tutorials and student projects, each "
-        "judged by an interval and among networks that have learnt their training images: "
+        "judged by an interval; on what networks can do, only where they have learnt their training "
+        "images: "
         f"{', '.join(f'{word} ({count})' for word, count in words.most_common())}.",
     ]
 
