@@ -1,4 +1,1 @@
-"""What the notebooks share: data, networks, training, evaluation and Grad-CAM.
-
-README.md lists the modules; each imports only from those above it.
-"""
+"""What the notebooks share: data, models, training, evaluation, class activation maps."""

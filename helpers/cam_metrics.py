@@ -28,6 +28,7 @@ from helpers.models import undisturbed
 
 BATCH = 256  # images in one forward pass at most
 STEPS = 16  # of insertion and deletion
+ROAD_SHARES, ROAD_NOISE = (0.1, 0.3, 0.5, 0.7, 0.9), 0.01  # of the pixels; standard deviation
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,19 +137,11 @@ def average_drop(model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor
     return _scores(drop, maps)
 
 
-def road(
-    model: nn.Module,
-    images: Tensor,
-    maps: Tensor,
-    targets: Tensor,
-    *,
-    shares: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
-    noise: float = 0.01,
-) -> Scores:
+def road(model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor) -> Scores:
     """Remove and debias: (probability with least - with most important pixels removed) / 2.
 
-    Averaged over the shares removed; positive is good, 0 is chance. Removed pixels are filled in by
-    `impute`, so that the shape of the hole gives nothing away (Rong et al., ICML 2022).
+    Averaged over ROAD_SHARES; positive is good, 0 is chance. `impute` fills in what is removed, so
+    that the shape of the hole gives nothing away (Rong et al., ICML 2022).
     """
     maps, _ = _check(maps)
     order = removal_order(maps, seed=0).to(images.device)
@@ -157,13 +150,13 @@ def road(
 
     def without(removed: Tensor) -> Tensor:
         drawn = torch.randn(images.shape, generator=generator).to(images)
-        filled = impute(images, removed) + removed[:, None] * noise * drawn
+        filled = impute(images, removed) + removed[:, None] * ROAD_NOISE * drawn
         return _probabilities(model, filled, targets)
 
     gap = 0
-    for cut in (round(share * pixels) for share in shares):
+    for cut in (round(share * pixels) for share in ROAD_SHARES):
         gap = gap + without(order >= pixels - cut) - without(order < cut)
-    return _scores(gap / (2 * len(shares)), maps)
+    return _scores(gap / (2 * len(ROAD_SHARES)), maps)
 
 
 def impute(images: Tensor, removed: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from joblib import cpu_count
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
@@ -186,7 +187,6 @@ def study() -> Study:
     def folder(variable: str, default: str) -> Path:
         return Path(os.path.expanduser(os.environ.get(variable) or ROOT / default)).resolve()
 
-    cores = os.cpu_count() or 1
     name = choice("PROFILE", "quick", "|".join(PROFILES), f"one of {', '.join(PROFILES)}")
     profile, device = PROFILES[name], os.environ.get("DEVICE") or "auto"
     most = count("BATCH_SIZE", profile.batch_size, "images")
@@ -203,7 +203,7 @@ def study() -> Study:
         device=device,
         progress=choice("PROGRESS", "bar", "bar|none|file:.+", "bar, none or file:PATH"),
         executor=choice("EXECUTOR", executor, "local|processes|ray", "local, processes or ray"),
-        cores_per_run=count("CORES_PER_RUN", -(-cores // 4), "CPU cores"),
+        cores_per_run=count("CORES_PER_RUN", -(-cpu_count() // 4), "CPU cores"),
         publish=choice("PUBLISH", "no", "no|yes", "yes or no") == "yes",
     )
 

@@ -291,9 +291,7 @@ def check_dataset(name: str) -> ImageFolder | None:
     try:
         return list_folder(name)
     except PermissionError as error:
-        raise ValueError(
-            f"{error.filename} may not be read. Change its permissions, or move it away"
-        ) from None
+        raise ValueError(f"{error.filename} may not be read: change its permissions") from None
 
 
 def load_dataset(
@@ -335,7 +333,7 @@ def load_dataset(
     if len(torch.unique(dataset.train.labels)) < len(dataset.classes):
         raise ValueError(
             f"{len(dataset.train)} training images don't cover the {len(dataset.classes)} classes "
-            f"of {dataset.title}; ask for more with train_size"
+            f"of {dataset.title}; ask for more with train_size, or take a larger PROFILE"
         )
     return dataset
 

@@ -1,7 +1,6 @@
 """Many runs: one after the other in this process, in several processes, or on machines by Ray.
 
-Runs are independent, named by their content and resumable, so spreading them needs a scheduler and
-nothing else; each is a call of `load_or_train`. How far they are is read from their folders.
+Each run is a call of `load_or_train`, whoever makes it; how far it is is read from its folder.
 
 EXECUTOR=processes trains several at a time on this machine: one network of this size keeps few
 cores busy. EXECUTOR=ray needs `pip install .[ray]` and, on each machine of a cluster, this package
@@ -15,11 +14,12 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from typing import Any
 
 import torch
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm.auto import tqdm as notebook_or_terminal_bar
 from tqdm.std import tqdm as plain_bar
 
@@ -65,7 +65,7 @@ def train_in_processes(runs: Sequence[Run], study: Study) -> None:
     One that fails doesn't stop the others: a RunError at the end names those that failed.
     """
     if study.executor == "processes":
-        at_once, how = (os.cpu_count() or 1) // study.cores_per_run, {"backend": "loky"}
+        at_once, how = cpu_count() // study.cores_per_run, {"backend": "loky"}
     else:
         try:
             import ray
@@ -83,7 +83,10 @@ def train_in_processes(runs: Sequence[Run], study: Study) -> None:
         # A fresh process for each run on a GPU: a CUDA error would fail the next ones, too.
         how["maxtasksperchild"] = 1 if gpu else None
     with parallel_config(n_jobs=max(1, min(at_once, len(runs))), **how):
-        errors = Parallel(batch_size=1)(delayed(_train_in_worker)(run, study) for run in runs)
+        try:
+            errors = Parallel(batch_size=1)(delayed(_train_in_worker)(run, study) for run in runs)
+        except BrokenExecutor as error:  # a process was killed, as for want of memory
+            errors = [str(error).splitlines()[0]] * len(runs)
     unseen = f"it was trained, but not into {study.runs_dir}: all machines have to share RUNS_DIR"
     failed = [
         f"{run.key}: {error or unseen}"

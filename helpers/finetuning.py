@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch_pruning
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
@@ -79,6 +78,8 @@ def prune_channels(model: nn.Module, sparsity: float, image_size: int) -> None:
     Fang et al., CVPR 2023, with their package torch-pruning). The classes stay. `image_size` is
     in pixels.
     """
+    import torch_pruning  # which Colab lacks until a notebook's set-up has run
+
     torch_pruning.pruner.MagnitudePruner(
         model,
         torch.zeros(1, 3, image_size, image_size),

@@ -37,6 +37,7 @@ from traitlets.config import Config
 from helpers import config
 from helpers.config import ROOT, Study, write_atomically
 from helpers.data import check_dataset
+from helpers.results import package_hash
 from helpers.runs import machine
 
 NOTEBOOKS_DIR, REQUIREMENTS = ROOT / "notebooks", ROOT / "requirements.txt"
@@ -110,13 +111,12 @@ def executed(path: Path, study: Study) -> Path:
     return study.folder / "notebooks" / path.name
 
 
-def state(path: Path, study: Study) -> str:
-    """Return a hash of a notebook, of all that it hangs on, and of the files that it wrote."""
+def state(path: Path, study: Study, code: str) -> str:
+    """Return a hash of a notebook's code, of all it hangs on, and of the files that it wrote."""
     folder, written = check_dataset(study.dataset), study.folder.glob(f"*/{path.name[:3]}*")
     here = (study, folder and folder.state, machine(study.device))  # machine: torch's version, too
-    cells = [RUN_TIME.sub("", cell.source) for cell in nbformat.read(path, as_version=4).cells]
-    digest = hashlib.sha256(f"{here} {cells}".encode())
-    for file in (*sorted((ROOT / "helpers").glob("*.py")), *sorted(written)):
+    digest = hashlib.sha256(f"{here} {code}".encode())
+    for file in sorted(written):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -136,7 +136,9 @@ def run_series(paths: Sequence[Path], study: Study) -> bool:
     for number, path in enumerate(paths, start=1):
         where, begun = f"[{number}/{len(paths)}] {path.stem}", time.monotonic()
         seal = executed(path, study).with_name(f".{path.stem}.state")
-        if seal.exists() and seal.read_text() == state(path, study):
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+        code = RUN_TIME.sub("", repr(cells)) + package_hash()  # as it runs: it may change meanwhile
+        if seal.exists() and seal.read_text() == state(path, study, code):
             print(f"{where} is up to date", flush=True)
             continue
         print(f"{where} ...", flush=True)
@@ -150,7 +152,7 @@ def run_series(paths: Sequence[Path], study: Study) -> bool:
         times[path.stem] = round(max(seconds, times.get(path.stem, 0)), 1)
         content = json.dumps(times, indent=1, sort_keys=True).encode()
         write_atomically(study.folder / "results" / "run_times.json", content)
-        write_atomically(seal, state(path, study).encode())
+        write_atomically(seal, state(path, study, code).encode())
     return True
 
 
@@ -235,7 +237,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         study, paths = config.study(), find_notebooks(options.names)
-        check_dataset(study.dataset)
+        for name in ("runs_dir", "data_dir", "analysis_dir"):  # kernels run in another folder
+            os.environ[name.upper()] = str(getattr(study, name))
+        if folder := check_dataset(study.dataset):
+            os.environ["DATASET"] = str(folder.root)
         what = f"profile {study.profile.name}, dataset {study.dataset}, device {study.device}"
         print(f"notebooks: {len(paths)}, {what}")
         if not run_series(paths, study):

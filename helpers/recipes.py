@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from helpers.config import settings
 from helpers.loader import NO_AUGMENTATION, Augmentation
@@ -35,12 +35,6 @@ class Recipe:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augmentation: Augmentation = NO_AUGMENTATION
-
-    @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> Recipe:
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov is True with momentum 0; set momentum, or nesterov to False")
-        return self
 
     @property
     def peak_learning_rate(self) -> float:

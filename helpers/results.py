@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers.config import Study, dataset_slug, write_atomically
+from helpers.config import ROOT, Study, dataset_slug, write_atomically
 from helpers.data import SPLITS, Dataset, cached
 from helpers.evaluation import Interval, Verdict, seeds_intervals
 from helpers.runs import Result, machine
@@ -54,16 +54,23 @@ def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict
     return seeds_intervals(paired)
 
 
+def package_hash() -> str:
+    """Return a hash of this package's source."""
+    files = sorted((ROOT / "helpers").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def computed(
     study: Study, function: Callable[..., dict[str, np.ndarray]], result: Result, *arguments: Any
 ) -> dict[str, np.ndarray]:
     """Return function(result, *arguments), arrays by name, from the study's set if they are there.
 
-    It is computed anew if the function's source text, the trained run or an argument (by its
-    `repr`) changes. For what the function takes from around it, delete the set's folder computed/.
+    It is computed anew if the function's text, this package, the run or an argument (by its `repr`)
+    changes. For what the function takes from around it, delete the set's folder computed/.
     """
     trained = repr(result.metrics)  # trained on another machine, a run's weights are others
-    about = "\n".join([inspect.getsource(function), result.run.key, trained, *map(repr, arguments)])
+    given = result.run.key, trained, *map(repr, arguments)
+    about = "\n".join([inspect.getsource(function), package_hash(), *given])
     name = f"{function.__name__}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.npz"
     path = study.folder / "computed" / name
     return cached(path, lambda: function(result, *arguments), np.savez_compressed)

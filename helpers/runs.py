@@ -224,7 +224,8 @@ class Result:
             print(f"{self.run.key} was published without weights: training it")
             with FileLock(self.folder / "lock"):
                 if not weights.exists():
-                    _train(self.run, self.study, self.folder)
+                    _train(self.run, self.study, again := self.folder / "again")
+                    (again / "model.safetensors").rename(weights)  # the rest stays as published
         model = self.run.build(len(self.classes), self.image_size)
         finetuning.load_weights(model, weights.read_bytes())
         return model.to(device).eval()

@@ -349,12 +349,12 @@ def train(
     model.to(device, memory_format=memory_format(device))
     seen = (*dataset.channel_statistics, recipe.batch_size, recipe.augmentation, dataset.flippable)
     loader = Loader(dataset.train, *seen, seed, device)
-    dtype = trusted_dtype(model, loader)
-    # float16's small range needs a scaled loss; bfloat16 and float32 don't.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = State(model, make_optimizer(model, recipe, rate_factor), scaler, dtype, [])
     checkpoint, saved = folder and folder / "resume.pt", time.monotonic()
     with repeatable(device, seed), explained_out_of_memory(model, recipe, dataset):
+        dtype = trusted_dtype(model, loader)
+        # float16's small range needs a scaled loss; bfloat16 and float32 don't.
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        state = State(model, make_optimizer(model, recipe, rate_factor), scaler, dtype, [])
         forward = compiled(model, loader, dtype) if device.type in COMPILED_DEVICES else model
         if checkpoint and checkpoint.exists():
             state.load(checkpoint)

@@ -63,7 +63,7 @@ def build(set_folder: Path, *, with_findings: bool = True) -> bytes:
             timestamp=0,
         )
     except typst.TypstError as error:
-        if "has moved" in str(error):
+        if with_findings and re.search("has moved|the results have no", str(error)):
             raise MovedError(f"{findings}: {error}. Read it again beside the results") from error
         raise ValueError(
             f"the report of {set_folder} can't be built: {error}. If a result or figure is "
@@ -153,8 +153,8 @@ def first_lines(set_folder: Path) -> list[str]:
         "the same images without it. A test on images like its own can't tell; a map does.",
         f"- **Depth.** “Deeper is better” {deeper['verdict']}: {deeper['effect']}.",
         f"- **What others claim.** {len(others)} claims of tutorials and student projects, each "
-        "judged by an interval; on what networks can do, only where they have learnt their training "
-        "images: "
+        "judged by an interval; on what networks can do, only where these have learnt their "
+        "training images: "
         f"{', '.join(f'{word} ({count})' for word, count in words.most_common())}.",
     ]
 

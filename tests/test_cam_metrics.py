@@ -222,7 +222,7 @@ def test_road_of_known_maps():
     assert all(abs(score) < 0.02 for score in chance)
 
 
-def test_faithfulness_agrees_with_grad_cam():
+def test_faithfulness_agrees_with_grad_cam(monkeypatch):
     """Its drop is absolute, the paper's relative; its ROAD removes by percentile, the same here."""
     pytest.importorskip("pytorch_grad_cam", reason="peer library grad-cam is not installed")
     from pytorch_grad_cam.metrics import cam_mult_image, road
@@ -241,7 +241,9 @@ def test_faithfulness_agrees_with_grad_cam():
     theirs = road.ROADCombined(percentiles=[25, 50, 75])
     for metric in (theirs.morf_averager, theirs.lerf_averager):
         metric.imputer = functools.partial(without_noise, metric.imputer)
-    ours = metrics.road(model, images, maps, classes, shares=(0.25, 0.5, 0.75), noise=0)
+    monkeypatch.setattr(metrics, "ROAD_SHARES", (0.25, 0.5, 0.75))
+    monkeypatch.setattr(metrics, "ROAD_NOISE", 0)
+    ours = metrics.road(model, images, maps, classes)
     assert ours.values == pytest.approx(theirs(*peer), abs=1e-4)
 
 

@@ -37,6 +37,7 @@ def empty_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_defaults_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch, empty: bool) -> None:
     for variable in VARIABLES if empty else ():
         monkeypatch.setenv(variable, "")
+    monkeypatch.setenv("DEVICE", "cpu")
     found, root = study(), config.ROOT
     assert (found.set_name, found.progress, found.executor) == ("shapes-quick", "bar", "processes")
     assert (found.runs_dir, found.data_dir) == (root / "runs", root / "data")

@@ -226,7 +226,7 @@ def test_what_cant_be_loaded_is_explained(load: Callable[..., Dataset], tmp_path
     (tmp_path / "train").mkdir()
     with pytest.MonkeyPatch.context() as patch:  # a mode wouldn't keep root out
         patch.setattr(Path, "iterdir", Mock(side_effect=PermissionError(13, "denied", "cats")))
-        with pytest.raises(ValueError, match="^cats may not be read. Change its permissions"):
+        with pytest.raises(ValueError, match="^cats may not be read: change its permissions"):
             check_dataset(str(tmp_path))
 
 

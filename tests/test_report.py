@@ -27,9 +27,10 @@ PUBLISHED = report_build.published_sets()
 
 
 def a_study_has_run() -> bool:
-    """Whether `make study` has replaced committed results here, as the README has one do first."""
+    """Whether `make study` has replaced committed results, as far as git is there to tell."""
     command = ["git", "status", "--porcelain", "--", "analysis"]
-    return bool(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
+    told = subprocess.run(command, cwd=ROOT, capture_output=True) if shutil.which("git") else None
+    return told is None or bool(told.returncode or told.stdout)
 
 
 committed = pytest.mark.skipif(a_study_has_run(), reason="a study has replaced committed results")
@@ -37,8 +38,9 @@ committed = pytest.mark.skipif(a_study_has_run(), reason="a study has replaced c
 
 @pytest.fixture
 def copied_set(tmp_path: Path) -> Path:
-    """A set of another name, which has no findings that a study of one's own could contradict."""
-    return shutil.copytree(PUBLISHED[0], tmp_path / "analysis" / "copied-quick")
+    if a_study_has_run():
+        pytest.skip("a study has replaced some of the committed results")
+    return shutil.copytree(PUBLISHED[0], tmp_path / "analysis" / PUBLISHED[0].name)
 
 
 @contextmanager
@@ -82,9 +84,7 @@ def test_a_missing_number_or_figure_is_an_error(copied_set: Path) -> None:
         report_build.build(copied_set)
 
 
-@committed
 def test_a_number_or_verdict_that_has_moved_stops_the_build(copied_set: Path) -> None:
-    copied_set = copied_set.rename(copied_set.with_name(PUBLISHED[0].name))
     with changed(copied_set, "04_depth") as values:
         values["networks"]["ResNet-18"]["accuracy"]["text"] = "0.1 [0.0, 0.2]"
     with pytest.raises(report_build.MovedError, match=r"ResNet-18 / accuracy has moved.*0\.1"):
@@ -143,6 +143,7 @@ def test_no_results_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
         report_build.build(tmp_path / "nothing")
 
 
+@committed
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda p: p.name)
 def test_published_figures_are_small(folder: Path) -> None:
     sizes = [figure.stat().st_size for figure in (folder / "figures").glob("*.png")]

@@ -177,7 +177,6 @@ def test_the_key_is_readable_and_a_folder_is_known_by_name_and_content(run: Run)
     [
         (lambda r: replace(r, train_size=15), "batch_size is 16; expected at most 15"),
         (lambda r: replace(r, model="resnet18", stem="imagenet"), "at least 33"),
-        (lambda r: replace(r.recipe, momentum=0.0, nesterov=True), "nesterov is True with momen"),
         (lambda r: replace(r, width=0.5, start=Transfer(r)), "width is 0.5; .* has 0.25"),
         (lambda r: replace(r, model="resnet34", start=Transfer(r)), "model is 'resnet34'"),
         (

@@ -19,7 +19,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from helpers import config, notebooks
+from helpers import config, notebooks, results
 from helpers.config import ROOT, Study, write_atomically
 from helpers.notebooks import find_notebooks, run_series
 
@@ -80,7 +80,7 @@ def test_a_series_that_succeeds(folder: Path, study: Study, capsys: Capture) -> 
 def test_only_what_has_changed_runs_again(
     monkeypatch: pytest.MonkeyPatch, folder: Path, study: Study, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(notebooks, "ROOT", folder.parent)
+    monkeypatch.setattr(results, "ROOT", folder.parent)
     (helper := folder.parent / "helpers" / "one.py").parent.mkdir()
     helper.write_text("A = 1")
     path = write(folder / "01_first.ipynb", "print(1)")
@@ -172,7 +172,7 @@ runs.load_or_train(run, study, on_epoch=mark, checkpoint_seconds=0)
 SERIES = """
 import sys
 from pathlib import Path
-from helpers import notebooks
+from helpers import notebooks, results
 notebooks.NOTEBOOKS_DIR = Path(sys.argv[1])
 sys.exit(notebooks.main([]))
 """
