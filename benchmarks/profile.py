@@ -63,10 +63,12 @@ def markdown(tiny: bool = False) -> str:
     lines += ["", f"| network | width | batch | threads | images/s | {' | '.join(KINDS)} | other |"]
     lines.append("|---" * (len(KINDS) + 6) + "|")
     settings = [(n, w, b, t) for n in names for w in widths for b in batches for t in (1, 2)]
+    before = torch.get_num_threads()
     for name, width, batch, threads in settings:
         speed, *parts = shares(name, width, batch, threads, 2).values()
         cells = [name, width, batch, threads, f"{speed:,.0f}", *(f"{100 * p:.0f}" for p in parts)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    torch.set_num_threads(before)
     return "\n".join(lines) + "\n"
 
 
