@@ -16,8 +16,9 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import typst
 
@@ -140,18 +141,15 @@ def check_one_dataset(set_folder: Path) -> None:
 
 def first_lines(set_folder: Path) -> list[str]:
     """Return what the README says first: a sentence or two on maps, depth and others' claims."""
-    names = ("04_depth", "05_gradcam", "claims")
-    depth, cam, others = (
-        json.loads((set_folder / "results" / f"{name}.json").read_text()) for name in names
-    )
+    cam = json.loads((set_folder / "results" / "05_gradcam.json").read_text())
+    others = json.loads((set_folder / "results" / "claims.json").read_text())
     _, without_mark, with_mark, _ = cam["tables"]["shortcut"]["rows"][1]
-    (deeper,) = (c for c in depth["claims"] if c["claim"] == "Deeper is better")
     words = Counter(claim["verdict"] for claim in others)
     return [
         "- **Right for the wrong reason.** A network that was trained with a mark in a corner of "
         f"each image is right on {with_mark} % of marked test images, and on {without_mark} % of "
         "the same images without it. A test on images like its own can't tell; a map does.",
-        f"- **Depth.** “Deeper is better” {deeper['verdict']}: {deeper['effect']}.",
+        *(f"- **Depth, on {title}.** {said}" for title, said in deeper_is_better(set_folder)),
         f"- **What others claim.** {len(others)} claims of tutorials and student projects, each "
         "judged by an interval; on what networks can do, only where these have learnt their "
         "training images: "
@@ -159,35 +157,53 @@ def first_lines(set_folder: Path) -> list[str]:
     ]
 
 
+def with_depth(set_folder: Path) -> dict[Path, dict[str, Any]]:
+    """Return the results of 04 in a set, and in the published ones of other data, by folder."""
+    folders = dict.fromkeys([set_folder, *published_sets()])
+    paths = {folder: folder / "results" / "04_depth.json" for folder in folders}
+    return {f: json.loads(path.read_text()) for f, path in paths.items() if path.exists()}
+
+
+def deeper_is_better(set_folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name of each set's data and what the set says of that claim."""
+    for depth in with_depth(set_folder).values():
+        (claim,) = (c for c in depth["claims"] if c["claim"] == "Deeper is better")
+        yield depth["data"]["title"], f"“Deeper is better” {claim['verdict']}: {claim['effect']}."
+
+
 def results_section(set_folder: Path) -> str:
-    """Return the README's findings, figure and table of results as Markdown."""
-    depth = json.loads((set_folder / "results" / "04_depth.json").read_text())
+    """Return the README's findings, figure and tables of results as Markdown."""
     lines = [
         *first_lines(set_folder),
         "",
         "![Six marked images with the maps of two networks: that trained without the mark looks "
         "at the object, that trained with it at the mark in the corner]"
         f"(analysis/{set_folder.name}/figures/05_shortcut.png)",
-        "",
-        "| network | test accuracy (%) | parameters | multiply-adds | training |",
-        "|---|---|---|---|---|",
     ]
+    for depth in with_depth(set_folder).values():
+        lines += ["", *network_table(depth)]
+    return "\n".join(lines)
+
+
+def network_table(depth: dict[str, Any]) -> Iterator[str]:
+    """Yield the Markdown lines of 04's comparison of networks, and what it was made on."""
+    yield "| network | test accuracy (%) | parameters | multiply-adds | training |"
+    yield "|---|---|---|---|---|"
     for name, values in depth["networks"].items():
         costs = values["costs"]
-        lines.append(
+        yield (
             f"| {name} | {values['accuracy']['text']} | "
             f"{costs['parameters'] / 1e3:,.0f} thousand | "
-            f"{costs['multiply-adds'] / 1e6:.1f} million | {costs['training seconds']:.0f} s |"
+            f"{costs['multiply-adds'] / 1e6:.1f} million | {costs['training seconds']:,.0f} s |"
         )
     about, profile = depth["data"], depth["profile"]
-    lines.append(
+    yield (
         f"\n{about['title']}, profile {profile['name']}: {about['train_size']:,} training and "
         f"{about['test_size']:,} test images of {about['image_size']} pixels, networks at "
         f"{profile['width']:g} of their usual width, {profile['epochs']} epochs, {depth['seeds']} "
         f"seeds; mean and 95 % interval over seeds and test images; on "
         f"{depth['machine']['device'].split(',')[0]}."
     )
-    return "\n".join(lines)
 
 
 def published_sets() -> list[Path]:
