@@ -11,7 +11,6 @@ after a change; the record names its own.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -101,50 +100,37 @@ def golden_maps(dataset: Dataset) -> dict[str, str]:
     return maps
 
 
-def record(folder: Path) -> dict[str, dict[str, str]]:
+def record(folder: Path) -> dict[str, str]:
     """Return the record of this code on this machine, on one thread."""
     torch.set_num_threads(1)
     cpu, data_dir = torch.device("cpu"), folder / "data"
     study = Study(PROFILES["smoke"], "shapes", folder / "runs", data_dir, folder, cpu, "none")
     sets = {"shapes": 24, "shapes-marked": 24, "digits": 16}
     sets[str(draw_folder(folder / "two words"))] = 24
-    found: dict[str, dict[str, str]] = {
-        "machine": runs.machine(cpu),
-        "fingerprints": {
-            Path(name).name: load_dataset(name, image_size=size, data_dir=data_dir).fingerprint
-            for name, size in sets.items()
-        },
-        "weights": {},
-        "histories": {},
-    }
+    found = {"machine": " / ".join(runs.machine(cpu).values())}
+    for name, size in sets.items():
+        dataset = load_dataset(name, image_size=size, data_dir=data_dir)
+        found[f"fingerprints: {Path(name).name}"] = dataset.fingerprint
     for name, run in golden_runs(data_dir).items():
         result = runs.load_or_train(run, study)
-        found["weights"][name] = digest(result.load_model().state_dict())
+        found[f"weights: {name}"] = digest(result.load_model().state_dict())
         history = result.history.drop(columns="seconds").to_csv(index=False)
-        found["histories"][name] = hashlib.sha256(history.encode()).hexdigest()
-    found["maps"] = golden_maps(load_dataset("shapes", data_dir=data_dir, image_size=24, **SIZES))
-    return found
+        found[f"histories: {name}"] = hashlib.sha256(history.encode()).hexdigest()
+    drawn = load_dataset("shapes", data_dir=data_dir, image_size=24, **SIZES)
+    return found | {f"maps: {name}": value for name, value in golden_maps(drawn).items()}
 
 
 def main() -> int:
     """Write the record, or compare with it; return 1 if anything differs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write benchmarks/golden.json")
-    write = parser.parse_args().write
     with tempfile.TemporaryDirectory() as folder:
         found = record(Path(folder))
-    if write:
+    if "--write" in sys.argv:
         RECORD.write_text(json.dumps(found, indent=1) + "\n")
         return 0
     stored = json.loads(RECORD.read_text())
-    print(f"record of {stored['machine']}\nnow on    {found['machine']}")
-    wrong = [
-        f"{part}: {name}"
-        for part in ("fingerprints", "weights", "histories", "maps")
-        for name in stored[part]
-        if stored[part][name] != found[part].get(name)
-    ]
-    count = sum(map(len, stored.values())) - len(stored["machine"])
+    print(f"record of {stored.pop('machine')}\nnow on    {found['machine']}")
+    wrong = [name for name, value in stored.items() if found.get(name) != value]
+    count = len(stored)
     print("\n".join([*wrong, f"{count - len(wrong)} of {count} are equal bit for bit"]))
     return 1 if wrong else 0
 

@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.golden import EVERY_AUGMENTATION, digest
-from benchmarks.training import drawn_dataset, our_trainer
+from benchmarks.training import our_trainer, timed
 from helpers import config, gradcam, runs, training
 from helpers.data import Split, load_dataset
 from helpers.evaluation import measure, multiply_adds
@@ -32,7 +32,8 @@ def speed(device: torch.device, tiny: bool) -> list[str]:
     width, batch, drawn, times, side = (0.125, 20, 40, 1, 64) if tiny else (1, 512, 4096, 10, 8192)
     matrix = torch.ones(side, side, device=device, dtype=config.compute_dtype(device))
     peak = 2 * side**3 / measure(lambda: matrix @ matrix, device=device)
-    dataset, recipe = drawn_dataset(drawn), replace(RECIPES["fast"], batch_size=batch)
+    dataset = load_dataset("shapes", train_size=drawn)
+    recipe = replace(RECIPES["fast"], batch_size=batch)
     split = Split(dataset.train.images.repeat(times, 1, 1, 1), dataset.train.labels.repeat(times))
     options = {"augmentation": recipe.augmentation, "device": device}
     loader = Loader(split, *dataset.channel_statistics, batch, **options)
@@ -46,9 +47,9 @@ def speed(device: torch.device, tiny: bool) -> list[str]:
             with kernels:
                 model, epoch = our_trainer(loader, recipe, width, compiled)
                 epoch()
-                rate = len(split) // batch * batch / min(epoch() for _ in range(3))
+                rate = len(split) // batch * batch / min(timed(epoch) for _ in range(3))
                 with profile(activities=[activity]) as found:
-                    seconds = epoch()
+                    seconds = timed(epoch)
             busy = sum(getattr(event, kind) for event in found.key_averages()) / 1e6 / seconds
             share = 6 * multiply_adds(model, 32) * rate / peak  # 2 forward, 4 backward
             name = f"{'compiled' if compiled else 'eager'}, {name}"
@@ -80,7 +81,8 @@ def bits(device: torch.device, folder: Path, model: str, tiny: bool) -> str:
 
 
 def maps(device: torch.device) -> list[str]:
-    images = normalise(drawn_dataset(8).test.images, torch.full((3,), 0.5), torch.full((3,), 0.2))
+    drawn = load_dataset("shapes", train_size=10, validation_size=1, test_size=8).test.images
+    images = normalise(drawn, torch.full((3,), 0.5), torch.full((3,), 0.2))
     model = build_model("resnet18", num_classes=10, width=0.25)
     lines = ["| maps | largest difference from the CPU's, in [0, 1] |", "|---|---|"]
     for name in gradcam.METHODS:

@@ -9,6 +9,7 @@ alternate, so that a drift of the machine's speed hits both.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import time
@@ -21,8 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from helpers import config, shapes, training
-from helpers.data import Dataset, Split
+from helpers import config, training
+from helpers.data import Split, load_dataset
 from helpers.evaluation import predict
 from helpers.loader import Augmentation, Loader
 from helpers.models import build_model
@@ -30,16 +31,6 @@ from helpers.recipes import Recipe
 
 REPETITIONS = 5
 SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-
-
-def drawn_dataset(count: int) -> Dataset:
-    """Return a dataset of `count` drawn images of 32 pixels in each split."""
-    splits = []
-    for seed in range(3):
-        labels = torch.arange(count) % 10
-        images = shapes.draw(labels.numpy(), seed=seed).images.transpose(0, 3, 1, 2)
-        splits.append(Split(torch.from_numpy(images.copy()), labels))
-    return Dataset("shapes", "Shapes", shapes.CLASSES, *splits, "benchmark")
 
 
 class PerImage(torch.utils.data.Dataset):
@@ -50,9 +41,8 @@ class PerImage(torch.utils.data.Dataset):
         self.labels = split.labels.tolist()
         augment = [v2.RandomCrop(32, 4, padding_mode="reflect"), v2.RandomHorizontalFlip()]
         convert = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
-        self.transform = v2.Compose(
-            [*(augment if train else []), *convert, v2.Normalize(mean, std)]
-        )
+        steps = [*(augment if train else []), *convert, v2.Normalize(mean, std)]
+        self.transform = v2.Compose(steps)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,14 +51,14 @@ class PerImage(torch.utils.data.Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def alternate(calls: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """Call each once to warm up, then all in turn; return the seconds that each reported."""
+def alternate(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Call each once to warm up, then all in turn; return the seconds that each took."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repetitions):
+    for _ in range(REPETITIONS):
         for name, call in calls.items():
-            times[name].append(call())
+            times[name].append(timed(call))
     return times
 
 
@@ -98,18 +88,16 @@ def rows(what: str, unit: str, times: dict[str, list[float]], work: int, target:
 
 def our_trainer(
     loader: Loader, recipe: Recipe, width: float, compiled: bool
-) -> tuple[nn.Module, Callable[[], float]]:
-    """Return a ResNet-18 and a call that trains it for an epoch and returns the seconds."""
+) -> tuple[nn.Module, Callable[[], object]]:
+    """Return a ResNet-18 and a call that trains it for an epoch."""
     device, dtype = loader.device, config.compute_dtype(loader.device)
     model = build_model("resnet18", num_classes=10, width=width)
     model.to(device, memory_format=config.memory_format(device))
     forward = training.compiled(model, loader, dtype) if compiled else model
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = training.State(model, training.make_optimizer(model, recipe), scaler, dtype, [])
-    steps = len(loader)
-    return model, lambda: timed(
-        lambda: training.train_epoch(state, forward, loader, recipe, 0, steps)
-    )
+    epoch = functools.partial(training.train_epoch, state, forward, loader, recipe, 0, len(loader))
+    return model, epoch
 
 
 def straightforward(model: nn.Module, images: PerImage, batch: int) -> Callable[[], None]:
@@ -133,7 +121,7 @@ def measure(count: int, batch: int, width: float) -> list[str]:
     """Return the table's lines: training, augmentation, evaluation."""
     device = config.choose_device()
     dtype = config.compute_dtype(device)
-    dataset = drawn_dataset(count)
+    dataset = load_dataset("shapes", train_size=count, validation_size=count, test_size=count)
     mean, std = dataset.channel_statistics
     recipe = Recipe(
         "benchmark", "sgd", 0.01, "constant", batch, 1, augmentation=Augmentation(), **SGD
@@ -144,65 +132,46 @@ def measure(count: int, batch: int, width: float) -> list[str]:
     compiled = device.type in training.COMPILED_DEVICES
     ours, our_epoch = our_trainer(loader, recipe, width, compiled)
     reference = build_model("resnet18", num_classes=10, width=width).to(device)
-    epoch = straightforward(reference, per_image, batch)
-    contenders = {"helpers.training": our_epoch, "straightforward loop": lambda: timed(epoch)}
-    training_times = alternate(contenders, REPETITIONS)
-
-    def resident() -> float:
-        return timed(lambda: [None for _ in loader.batches(0)])
-
-    def transforms() -> float:
-        return timed(
-            lambda: [None for _ in DataLoader(per_image, batch, shuffle=True, drop_last=True)]
-        )
-
-    contenders = {"resident loader": resident, "per-image torchvision transforms": transforms}
-    augmentation = alternate(contenders, REPETITIONS)
     plain = PerImage(dataset.test, mean.tolist(), std.tolist(), train=False)
 
-    def our_evaluation() -> float:
-        return timed(lambda: predict(ours, dataset.test, mean, std, dtype=dtype))
+    def reference_evaluation() -> None:
+        reference.eval()
+        with torch.no_grad():
+            for images, _ in DataLoader(plain, batch):
+                reference(images.to(device)).argmax(1).cpu()
 
-    def reference_evaluation() -> float:
-        def epoch() -> None:
-            reference.eval()
-            with torch.no_grad():
-                for images, _ in DataLoader(plain, batch):
-                    reference(images.to(device)).argmax(1).cpu()
-
-        return timed(epoch)
-
-    contenders = {
-        "helpers.evaluation.predict": our_evaluation,
+    transformed = DataLoader(per_image, batch, shuffle=True, drop_last=True)
+    trained = {
+        "helpers.training": our_epoch,
+        "straightforward loop": straightforward(reference, per_image, batch),
+    }
+    augmented = {
+        "resident loader": lambda: [None for _ in loader.batches(0)],
+        "per-image torchvision transforms": lambda: [None for _ in transformed],
+    }
+    evaluated = {
+        "helpers.evaluation.predict": lambda: predict(ours, dataset.test, mean, std, dtype=dtype),
         "straightforward loop": reference_evaluation,
     }
-    evaluation = alternate(contenders, REPETITIONS)
     seen = len(loader) * batch
     return [
         "| what | contender | median (range) | ratio (range) | target |",
         "|---|---|---|---|---|",
-        *rows("(a) training ResNet-18", "images/s", training_times, seen, "at least 3.5"),
-        *rows("(b) augmentation", "images/s", augmentation, seen, "at least 15"),
-        *rows("(c) evaluation", "images/s", evaluation, count, ""),
+        *rows("(a) training ResNet-18", "images/s", alternate(trained), seen, "at least 3.5"),
+        *rows("(b) augmentation", "images/s", alternate(augmented), seen, "at least 15"),
+        *rows("(c) evaluation", "images/s", alternate(evaluated), count, ""),
     ]
 
 
 def markdown(tiny: bool = False) -> str:
     """Measure and return this benchmark's section of RESULTS.md."""
     count, batch, width = (40, 20, 0.125) if tiny else (512, 128, 1.0)
-    lines = measure(count, batch, width)
-    return "\n".join(
-        [
-            "## Training",
-            "",
-            f"`python -m benchmarks.training`: ResNet-18 at width {width:g}, 32-pixel drawn "
-            f"images, batches of {batch}, {REPETITIONS} alternating repetitions over {count} "
-            "images after a warm-up. Ratios are medians of the pairwise ratios.",
-            "",
-            *lines,
-            "",
-        ]
+    text = (
+        f"`python -m benchmarks.training`: ResNet-18 at width {width:g}, 32-pixel drawn images, "
+        f"batches of {batch}, {REPETITIONS} alternating repetitions over {count} images after a "
+        "warm-up. Ratios are medians of the pairwise ratios."
     )
+    return "\n".join(["## Training", "", text, "", *measure(count, batch, width), ""])
 
 
 if __name__ == "__main__":

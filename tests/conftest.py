@@ -74,8 +74,6 @@ def load(tmp_path: Path) -> Callable[..., Dataset]:
     return call
 
 
-# --- Small data, runs and their results --------------------------------------------------------
-
 SMALL = {"image_size": 16, "train_size": 80, "validation_size": 40, "test_size": 40}
 
 

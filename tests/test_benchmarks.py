@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import executors, gpu, gradcam, profile, training
+from benchmarks import executors, faults, gpu, gradcam, profile, training
+from helpers.config import ROOT
 
 
 def test_training() -> None:
@@ -36,3 +37,11 @@ def test_gpu_rehearsed_on_a_cpu() -> None:
     assert "this was a CPU" in text and "| eager, fastest |" in text
     assert "| simple_cnn | the same bits | the same bits (exit code -9) |" in text
     assert text.count("| 0 |") == 7, "the maps of every method"
+
+
+def test_every_planted_fault_fits_the_code() -> None:
+    for fault in faults.FAULTS:
+        _, where, *change = fault.split(" :: ")
+        module, function = where.split(".", 1)
+        source = (ROOT / "helpers" / f"{module}.py").read_text()
+        assert compile(faults.planted(source, function, *change), where, "exec")

@@ -313,9 +313,6 @@ def test_intervals_as_percentages() -> None:
     assert [percent(x) for x in (-0.0001, 0.0, -0.0)] == ["0.0"] * 3
 
 
-# --- Cost and gradients ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "classes", "size", "expected"),
     [

@@ -666,9 +666,6 @@ def test_compiled_and_wrapped_networks():
         assert cam(model, IMAGES, method="eigen-cam").maps.shape == (4, 16, 16)
 
 
-# --- Pictures ----------------------------------------------------------------------------------
-
-
 def picture() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 
