@@ -52,14 +52,17 @@ def build(set_folder: Path, *, with_findings: bool = True) -> bytes:
     with_findings = with_findings and findings.is_file()
     if with_findings and (unguarded := unguarded_numbers(findings.read_text())):
         raise ValueError(f"{findings} has numbers outside #measured: {unguarded}")
-    inputs = {"findings": findings.name if with_findings else "", "recipes": recipe_table()}
     # Typst reads below one root only; a set elsewhere (ANALYSIS_DIR) is linked in by its own root.
     root = ROOT if set_folder.is_relative_to(ROOT) else Path("/")
+    folders = (set_folder, *with_depth(set_folder))
+    folders = {folder.name: "/" + folder.relative_to(root).as_posix() for folder in folders}
+    inputs = {"findings": findings.name if with_findings else "", "recipes": recipe_table()}
+    inputs |= {"set": folders.pop(set_folder.name), "beside": json.dumps(folders)}
     try:
         return typst.compile(
             str(REPORT / "report.typ"),
             root=str(root),
-            sys_inputs=inputs | {"set": "/" + set_folder.relative_to(root).as_posix()},
+            sys_inputs=inputs,
             ignore_system_fonts=True,
             timestamp=0,
         )
@@ -158,8 +161,8 @@ def first_lines(set_folder: Path) -> list[str]:
 
 
 def with_depth(set_folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return the results of 04 in a set, and in the published ones of other data, by folder."""
-    folders = dict.fromkeys([set_folder, *published_sets()])
+    """Return the results of 04 in a set, and in the published ones beside it, by folder."""
+    folders = [set_folder, *(f for f in published_sets() if f.name != set_folder.name)]
     paths = {folder: folder / "results" / "04_depth.json" for folder in folders}
     return {f: json.loads(path.read_text()) for f, path in paths.items() if path.exists()}
 
