@@ -247,11 +247,10 @@ def verdict(
     return Verdict(claim, word, effects, unit, trained_out, source)
 
 
-def multiply_adds(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
+def multiply_adds(model: nn.Module, image_size: int) -> int:
     """Return the multiply-adds of an image's forward pass in convolutions and linear layers."""
-    device = next(model.parameters()).device
     with undisturbed(model), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, in_channels, image_size, image_size, device=device))
+        model(torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device))
     return counter.get_total_flops() // 2  # a multiply-add counts as two there
 
 

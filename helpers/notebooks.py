@@ -3,7 +3,7 @@
     python -m helpers.notebooks [01 04 ...] [--publish]
 
 Executed notebooks go to analysis/<set>/notebooks/, saved after every cell; --publish copies them
-over notebooks/. `set_up` is what the set-up cell of every notebook calls.
+over notebooks/, answers included. `set_up` is what the set-up cell of every notebook calls.
 """
 
 from __future__ import annotations
@@ -127,22 +127,22 @@ def run_times(study: Study) -> dict[str, float]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def run_series(paths: Sequence[Path], study: Study) -> bool:
+def run_series(paths: Sequence[Path], study: Study, *, answers: bool = False) -> bool:
     """Run notebooks in order, each in its own kernel, until one fails; return whether none did.
 
-    One whose `state` is still that after its last run is left as it is. Raises KeyboardInterrupt
-    after Ctrl-C or SIGTERM, with the kernel stopped.
+    One whose `state` is still that after its last run is left as it is. Without `answers`, those to
+    exercises aren't run. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with the kernel stopped.
     """
     for number, path in enumerate(paths, start=1):
         where, begun = f"[{number}/{len(paths)}] {path.stem}", time.monotonic()
         seal = executed(path, study).with_name(f".{path.stem}.state")
         cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
-        code = RUN_TIME.sub("", repr(cells)) + package_hash()  # as it runs: it may change meanwhile
+        code = RUN_TIME.sub("", f"{answers} {cells}") + package_hash()  # as it runs: it may change
         if seal.exists() and seal.read_text() == state(path, study, code):
             print(f"{where} is up to date", flush=True)
             continue
         print(f"{where} ...", flush=True)
-        error = asyncio.run(run_notebook(path, executed(path, study), where))
+        error = asyncio.run(run_notebook(path, executed(path, study), where, answers))
         if error:
             print(f"{where} failed in {error}; its trace is in {executed(path, study)}")
             return False
@@ -156,9 +156,12 @@ def run_series(paths: Sequence[Path], study: Study) -> bool:
     return True
 
 
-async def run_notebook(path: Path, out: Path, where: str) -> str:
+async def run_notebook(path: Path, out: Path, where: str, answers: bool) -> str:
     """Execute a notebook, saving after each cell; return its error in one line, or nothing."""
     notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if not answers and "answer" in cell.metadata.get("tags", ()):
+            cell.update(outputs=[], execution_count=None)
     loop, interrupted = asyncio.get_running_loop(), asyncio.Event()
 
     def save(**_: object) -> None:
@@ -182,6 +185,7 @@ async def run_notebook(path: Path, out: Path, where: str) -> str:
         sockets = {"transport": "ipc", "ip": f"{folder}/kernel"} if os.name == "posix" else {}
         options = {"record_timing": False, "on_notebook_start": begin, "on_cell_executed": save}
         options |= {"resources": {"metadata": {"path": str(NOTEBOOKS_DIR)}}}
+        options["skip_cells_with_tag"] = "" if answers else "answer"
         client = NotebookClient(notebook, config=Config({"KernelManager": sockets}), **options)
         environment = os.environ | {"PROGRESS": f"file:{progress}"}
         running = asyncio.create_task(client.async_execute(env=environment))
@@ -243,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ["DATASET"] = str(folder.root)
         what = f"profile {study.profile.name}, dataset {study.dataset}, device {study.device}"
         print(f"notebooks: {len(paths)}, {what}")
-        if not run_series(paths, study):
+        if not run_series(paths, study, answers=options.publish):
             return 1
         if options.publish:
             publish(paths, study)

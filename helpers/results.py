@@ -45,10 +45,8 @@ def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict
         for one, other in pairs:
             same_images = torch.equal(one.test_labels, other.test_labels)
             if one.run.seed != other.run.seed or not same_images:
-                raise ValueError(
-                    f"{one.run.key} and {other.run.key} differ in seed or test images; only runs "
-                    "that share both can be compared in pairs"
-                )
+                differ = f"{one.run.key} and {other.run.key} differ in seed or test images"
+                raise ValueError(f"{differ}; only runs that share both can be compared in pairs")
         paired[name] = np.stack([one.correct - other.correct for one, other in pairs])
     del paired[reference]
     return seeds_intervals(paired)

@@ -332,9 +332,9 @@ def test_multiply_adds_of_the_published_networks(
 
 def test_multiply_adds_by_hand() -> None:
     model = nn.Sequential(
-        nn.Conv2d(2, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 36, 7)
+        nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 36, 7)
     )
-    assert multiply_adds(model, 6, in_channels=2) == 36 * 9 * 2 * 5 + 5 * 36 * 7
+    assert multiply_adds(model, 6) == 36 * 9 * 3 * 5 + 5 * 36 * 7
 
 
 def test_latency_grows_with_the_batch_and_leaves_the_network_alone() -> None:

@@ -26,8 +26,8 @@ from helpers.notebooks import find_notebooks, run_series
 OPENING = "# A notebook\n\nIt takes <!-- run time -->unknown<!-- /run time -->."
 
 
-def write(path: Path, *cells: str) -> Path:
-    content = [new_markdown_cell(OPENING), *(new_code_cell(cell) for cell in cells)]
+def write(path: Path, *cells: str, **metadata: object) -> Path:
+    content = [new_markdown_cell(OPENING), *(new_code_cell(c, metadata=metadata) for c in cells)]
     nbformat.write(new_notebook(cells=content), path)
     return path
 
@@ -98,6 +98,9 @@ def test_only_what_has_changed_runs_again(
         change()
         assert runs() and not runs()
     assert runs(replace(study, profile=replace(study.profile, epochs=3)))
+    write(path, "print(3)", tags=["answer"])
+    assert runs() and outputs(study, "01_first") == [[]]
+    assert run_series([path], study, answers=True) and outputs(study, "01_first") != [[]]
     write(path, "1 / 0")
     assert not run_series([path], study) and not run_series([path], study), "an error stays one"
 
