@@ -226,8 +226,9 @@ def profile_table() -> str:
     for profile in PROFILES.values():
         measured = []
         for folder in published_sets():
-            if folder.name.endswith(f"-{profile.name}"):
-                times = json.loads((folder / "results" / "run_times.json").read_text())
+            timed = folder / "results" / "run_times.json"  # of a set that is there in part, none
+            if folder.name.endswith(f"-{profile.name}") and timed.exists():
+                times = json.loads(timed.read_text())
                 total = clock(sum(times.values()))
                 measured.append(f"{total} ({folder.name}, {len(times)} notebooks)")
         size = "all" if profile.train_size is None else f"{profile.train_size:,}"

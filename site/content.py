@@ -18,15 +18,20 @@ SITE = Path(__file__).resolve().parent
 ROOT = SITE.parent
 
 
+def published_sets() -> list[Path]:
+    """Return the folders of sets with results that .gitignore lets in; the first has everything."""
+    names = re.findall(r"^!(analysis/[^/]*)/?$", (ROOT / ".gitignore").read_text(), re.MULTILINE)
+    return [ROOT / name for name in names if (ROOT / name / "results").is_dir()]
+
+
 def published_set() -> Path:
-    """Return the folder of the published set: the first with results that .gitignore lets in."""
-    names = re.findall(r"^!(analysis/.*?)/?$", (ROOT / ".gitignore").read_text(), re.MULTILINE)
-    return next(ROOT / name for name in names if (ROOT / name / "results").is_dir())
+    """Return the folder of the set that the site is about."""
+    return published_sets()[0]
 
 
-def results(name: str) -> Any:
-    """Return one result file of the published set."""
-    path = published_set() / "results" / f"{name}.json"
+def results(name: str, folder: Path | None = None) -> Any:
+    """Return one result file of the published set, or of another."""
+    path = (folder or published_set()) / "results" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -57,8 +62,7 @@ def link(notebook: str) -> str:
 
 def findings() -> dict[str, str]:
     """Return the passages that the pages put where they say {{ name }}, as Markdown."""
-    depth, cam = results("04_depth"), results("05_gradcam")
-    data, profile, accuracy = depth["data"], depth["profile"], depth["tables"]["accuracy"]
+    cam = results("05_gradcam")
     others = [
         f"- “{c['source']}”: **{c['verdict']}.** {c['claim']}: {c['effect']}. "
         f"({c['seeds']} seeds, {link(c['notebook'])})"
@@ -66,11 +70,8 @@ def findings() -> dict[str, str]:
     ]
     figure = Path("..") / published_set().relative_to(ROOT) / "figures" / "05_shortcut.png"
     return {
-        "about": f"{data['title']}, profile {profile['name']}: {data['train_size']:,} training and "
-        f"{data['test_size']:,} test images of {data['image_size']} pixels, networks at "
-        f"{profile['width']:g} of their usual width, {profile['epochs']} epochs, {depth['seeds']} "
-        f"seeds, on {depth['machine']['device'].split(',')[0]}.",
-        "networks": table(accuracy["columns"][:6], [row[:6] for row in accuracy["rows"]]),
+        "about": about(published_set()),
+        "networks": "\n\n".join(map(networks, published_sets())),
         "others": "\n".join(others),
         "shortcut": table(**cam["tables"]["shortcut"]),
         "figure": "![Six marked images with the maps of two networks: that trained without the "
@@ -78,6 +79,26 @@ def findings() -> dict[str, str]:
         f"corner]({figure.as_posix()})",
         "verdicts": "\n\n".join(verdicts()),
     }
+
+
+def about(folder: Path) -> str:
+    """Return what a set's results were made on."""
+    depth = results("04_depth", folder)
+    data, profile = depth["data"], depth["profile"]
+    return (
+        f"{data['title']}, profile {profile['name']}: {data['train_size']:,} training and "
+        f"{data['test_size']:,} test images of {data['image_size']} pixels, networks at "
+        f"{profile['width']:g} of their usual width, {profile['epochs']} epochs, {depth['seeds']} "
+        f"seeds, on {depth['machine']['device'].split(',')[0]}."
+    )
+
+
+def networks(folder: Path) -> str:
+    """Return a set's comparison of networks, what it was made on and where it is, as Markdown."""
+    accuracy = results("04_depth", folder)["tables"]["accuracy"]
+    page = "04_depth" if folder == published_set() else f"04_depth-{folder.name}"
+    shown = table(accuracy["columns"][:6], [row[:6] for row in accuracy["rows"]])
+    return f"{shown}\n\n{about(folder)} How it was measured is in {link(page)}."
 
 
 def verdicts() -> Iterator[str]:
@@ -93,11 +114,20 @@ def verdicts() -> Iterator[str]:
 
 
 def notebook_pages() -> dict[str, str]:
-    """Return the notebooks, with the code of set-up and of answers to exercises folded."""
+    """Return the notebooks, with the code of set-up and of answers to exercises folded.
+
+    Those that were run for other published sets follow, with the set's name in theirs.
+    """
     pages = {}
     names = "|".join(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    paths = {path: path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    for folder in published_sets()[1:]:
+        paths |= {p: f"{p.stem}-{folder.name}.ipynb" for p in folder.glob("notebooks/*.ipynb")}
+    for path, page in paths.items():
         notebook = json.loads(path.read_text(encoding="utf-8"))
+        if page != path.name:
+            title = notebook["cells"][0]["source"]
+            title[0] = f"{title[0].strip()} on {path.parent.parent.name}\n"
         for cell in notebook["cells"]:
             text = "".join(cell["source"])
             tags = cell["metadata"].get("tags", [])
@@ -107,7 +137,7 @@ def notebook_pages() -> dict[str, str]:
                 # Jupyter's links to headings keep capitals, and other notebooks are named in code.
                 text = re.sub(r"\]\(#(.*?)\)", lambda m: m[0].lower(), text)
                 cell["source"] = re.sub(rf"(?<!\[)`({names})`", r"[\1](\1.ipynb)", text)
-        pages[path.name] = json.dumps(notebook)
+        pages[page] = json.dumps(notebook)
     return pages
 
 
