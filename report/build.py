@@ -171,7 +171,7 @@ def deeper_is_better(set_folder: Path) -> Iterator[tuple[str, str]]:
     """Yield the name of each set's data and what the set says of that claim."""
     for depth in with_depth(set_folder).values():
         (claim,) = (c for c in depth["claims"] if c["claim"] == "Deeper is better")
-        yield depth["data"]["title"], f"“Deeper is better” {claim['verdict']}: {claim['effect']}."
+        yield depth["data"]["title"], f"“Deeper is better”: {claim['verdict']} ({claim['effect']})."
 
 
 def results_section(set_folder: Path) -> str:
