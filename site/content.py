@@ -55,6 +55,11 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]])
 
 
+def with_minus(text: str) -> str:
+    """Return a text whose negative numbers have a minus sign; ResNet-18 keeps its hyphen."""
+    return re.sub(r"(?<![\w-])-(?=[0-9])", "\N{MINUS SIGN}", text)
+
+
 def link(notebook: str) -> str:
     """Return a link to a notebook's page, by the notebook's name."""
     return f"[{notebook}](notebooks/{notebook}.ipynb)"
@@ -64,20 +69,19 @@ def findings() -> dict[str, str]:
     """Return the passages that the pages put where they say {{ name }}, as Markdown."""
     cam = results("05_gradcam")
     others = [
-        f"- “{c['source']}”: **{c['verdict']}.** {c['claim']}: {c['effect']}. "
+        f"- “{c['source']}”: **{c['verdict']}.** {c['claim']}: {with_minus(c['effect'])}. "
         f"({c['seeds']} seeds, {link(c['notebook'])})"
         for c in results("claims")
     ]
     figure = Path("..") / published_set().relative_to(ROOT) / "figures" / "05_shortcut.png"
     return {
-        "about": about(published_set()),
         "networks": "\n\n".join(map(networks, published_sets())),
         "others": "\n".join(others),
         "shortcut": table(**cam["tables"]["shortcut"]),
         "figure": "![Six marked images with the maps of two networks: that trained without the "
         "mark looks at the object, that trained with it at the mark in the "
         f"corner]({figure.as_posix()})",
-        "verdicts": "\n\n".join(verdicts()),
+        "verdicts": "\n\n".join(part for folder in published_sets() for part in verdicts(folder)),
     }
 
 
@@ -93,21 +97,27 @@ def about(folder: Path) -> str:
     )
 
 
+def page(notebook: str, folder: Path) -> str:
+    """Return the name of the page that shows a notebook as it was run for a set."""
+    return notebook if folder == published_set() else f"{notebook}-{folder.name}"
+
+
 def networks(folder: Path) -> str:
     """Return a set's comparison of networks, what it was made on and where it is, as Markdown."""
     accuracy = results("04_depth", folder)["tables"]["accuracy"]
-    page = "04_depth" if folder == published_set() else f"04_depth-{folder.name}"
     shown = table(accuracy["columns"][:6], [row[:6] for row in accuracy["rows"]])
-    return f"{shown}\n\n{about(folder)} How it was measured is in {link(page)}."
+    measured = f"How it was measured is in {link(page('04_depth', folder))}."
+    return f"{shown}\n\n{about(folder)} {measured}"
 
 
-def verdicts() -> Iterator[str]:
-    """Return each notebook's hypotheses with their verdicts, as Markdown."""
-    for path in sorted((published_set() / "results").glob("[0-9][0-9]_*.json")):
-        claims = results(path.stem).get("claims", ())
-        lines = [f"- {c['text']}" for c in claims]
+def verdicts(folder: Path) -> Iterator[str]:
+    """Return what a set was made on, and each notebook's hypotheses with their verdicts."""
+    yield f"## {results('04_depth', folder)['data']['title']}\n\n{about(folder)}"
+    for path in sorted((folder / "results").glob("[0-9][0-9]_*.json")):
+        claims = results(path.stem, folder).get("claims", ())
+        lines = [f"- {with_minus(c['text'])}" for c in claims]
         if lines:
-            yield "\n".join([f"## {link(path.stem)}", "", *lines])
+            yield "\n".join([f"### {link(page(path.stem, folder))}", "", *lines])
 
 
 # --- notebooks -------------------------------------------------------------------------------
@@ -122,12 +132,15 @@ def notebook_pages() -> dict[str, str]:
     names = "|".join(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     paths = {path: path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
     for folder in published_sets()[1:]:
-        paths |= {p: f"{p.stem}-{folder.name}.ipynb" for p in folder.glob("notebooks/*.ipynb")}
-    for path, page in paths.items():
+        runs = sorted(folder.glob("notebooks/*.ipynb"))
+        paths |= {path: f"{page(path.stem, folder)}.ipynb" for path in runs}
+    for path, name in paths.items():
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        if page != path.name:
-            title = notebook["cells"][0]["source"]
-            title[0] = f"{title[0].strip()} on {path.parent.parent.name}\n"
+        if name != path.name:
+            head = "".join(notebook["cells"][0]["source"])
+            head = re.sub(r"(?m)^# .*", rf"\g<0> on {path.parent.parent.name}", head, count=1)
+            head = re.sub(r"\*\*Run time\.\*\*.*", "", head)  # of the other set
+            notebook["cells"][0]["source"] = head.splitlines(keepends=True)
         for cell in notebook["cells"]:
             text = "".join(cell["source"])
             tags = cell["metadata"].get("tags", [])
@@ -137,7 +150,7 @@ def notebook_pages() -> dict[str, str]:
                 # Jupyter's links to headings keep capitals, and other notebooks are named in code.
                 text = re.sub(r"\]\(#(.*?)\)", lambda m: m[0].lower(), text)
                 cell["source"] = re.sub(rf"(?<!\[)`({names})`", r"[\1](\1.ipynb)", text)
-        pages[page] = json.dumps(notebook)
+        pages[name] = json.dumps(notebook)
     return pages
 
 
