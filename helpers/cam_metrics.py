@@ -208,7 +208,7 @@ def rank_correlation(maps: Tensor, others: Tensor) -> Scores:
     first, second = (torch.from_numpy(x - x.mean(1, keepdims=True)) for x in ranks)
     scale = (first.square().sum(1) * second.square().sum(1)).sqrt()
     values = torch.where(scale > 0, (first * second).sum(1) / scale, 0)
-    return _scores(values, torch.minimum(maps.amax(1), others.amax(1)))
+    return _scores(values, torch.minimum(maps.amax((1, 2)), others.amax((1, 2)))[:, None])
 
 
 def agreement(maps: Sequence[Tensor]) -> Scores:

@@ -19,6 +19,7 @@ import contextlib
 import functools
 import os
 import re
+import secrets
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,7 +161,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
         matrix = torch.ones(8, 8, device=wanted)
         (matrix @ matrix).sum().item()
         return matrix.device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"DEVICE={wanted!r} can't be used ({reason}); use auto, cpu, cuda or mps. DEVICE=cpu "
@@ -244,7 +245,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or all of the new; else OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

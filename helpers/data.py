@@ -263,9 +263,11 @@ def _drawn(name: str, image_size: int, sizes: tuple[int | None, ...], data_dir: 
 
 def of_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
     """Return a dataset's images of some classes alone, in the same order, labelled from 0 on."""
+    have = ", ".join(dataset.classes)
     if unknown := [name for name in names if name not in dataset.classes]:
-        have = ", ".join(dataset.classes)
         raise ValueError(f"{dataset.title} has no class {unknown[0]!r}; its classes are {have}")
+    if len({*names}) < 2:
+        raise ValueError(f"{dataset.title}: expected at least two of its classes {have}")
     kept = torch.tensor([k for k, name in enumerate(dataset.classes) if name in names])
 
     def part(split: Split) -> Split:
@@ -275,7 +277,8 @@ def of_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
     classes = tuple(dataset.classes[k] for k in kept)
     splits = {split: part(getattr(dataset, split)) for split in SPLITS}
     title = f"{dataset.title}: {', '.join(classes)}"
-    return replace(dataset, title=title, classes=classes, **splits)
+    name = f"{dataset.name}:{','.join(classes)}"
+    return replace(dataset, name=name, title=title, classes=classes, **splits)
 
 
 def check_dataset(name: str) -> ImageFolder | None:
@@ -323,7 +326,7 @@ def load_dataset(
     base, _, only = (name, "", "") if folder else name.partition(":")
     whole = None if name in DRAWN_SETS else _load(base, image_size, data_dir, folder)
     if only:
-        whole = replace(of_classes(whole, only.split(",")), name=name)
+        whole = of_classes(whole, only.split(","))
     for split, size in sizes.items():
         most = len(getattr(whole, split)) if whole else DRAWN_LIMIT
         if size is not None and not 1 <= size <= most:

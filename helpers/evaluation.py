@@ -153,17 +153,20 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     return Interval(float(np.mean(values)), float(low), float(high), len(values))
 
 
-def seeds_intervals(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
+def seeds_intervals(values: Mapping[str, np.ndarray], shared: bool = False) -> dict[str, Interval]:
     """Return the mean of each configuration over seeds and test images, with its interval.
 
     Each array is seeds x images: 1 where that seed's network was right, or the difference of two
     methods that share seeds and images (then the comparison is paired); or one value a seed.
 
     Seeds are a sample of a few. Their variance is therefore pooled over all configurations given,
-    which have to be alike, and the interval is Student's t. Test images are a sample, too: the
-    variance of the mean is (MS_seeds + MS_images - MS_residual) / (seeds x images), with the mean
-    squares of a two-way analysis of variance and Satterthwaite's (1946) degrees of freedom. With
-    single seeds the interval is that of the images alone. `n` counts the seeds.
+    which have to be alike, and the interval is Student's t. `shared` says that all are differences
+    from one reference, whose own deviation is then in each of them: beside a reference of zeros it
+    falls out as what all networks of a seed have in common. (Differences that share runs in another
+    way get intervals that are too wide.) Test images are a sample, too: the variance of the mean is
+    (MS_seeds + MS_images - MS_residual) / (seeds x images), with the mean squares of a two-way
+    analysis of variance and Satterthwaite's (1946) degrees of freedom. With single seeds the
+    interval is that of the images alone. `n` counts the seeds.
     """
     tables = {name: np.asarray(table, dtype=np.float64) for name, table in values.items()}
     tables = {name: t[:, None] if t.ndim == 1 else t for name, t in tables.items()}
@@ -172,6 +175,11 @@ def seeds_intervals(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
             raise ValueError(f"{name}: expected seeds x images of finite values, found {table}")
     freedom = sum(len(table) - 1 for table in tables.values())
     squares = sum(((t.mean(1) - t.mean()) ** 2).sum() for t in tables.values())
+    if shared:
+        means = np.stack([t.mean(1) for t in tables.values()])
+        means = np.vstack([0 * means[:1], means])
+        own = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
+        squares = 2 * (own**2).sum()  # a difference varies twice as much as a network
     intervals = {}
     for name, table in tables.items():
         (seeds, images), mean = table.shape, float(table.mean())
@@ -209,7 +217,9 @@ class Verdict:
     @property
     def reason(self) -> str:
         """The effects with their intervals, as text."""
-        written = (lambda x: percent(x, "+")) if self.unit == "points" else "{:+.2f}".format
+        formats = {"nats": "{:+.3f}", "times": "{:.1f}"}
+        written = formats.get(self.unit, "{:+.2f}").format
+        written = (lambda x: percent(x, "+")) if self.unit == "points" else written
         parts = []
         for name, effect in self.effects.items():
             mean, low, high = map(written, (effect.mean, effect.low, effect.high))
@@ -260,8 +270,8 @@ def measure(call: Callable[[], object], *, repeats: int = 7, device: torch.devic
     for _ in range(2 + repeats):
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 

@@ -99,7 +99,7 @@ def train_in_processes(runs: Sequence[Run], study: Study) -> None:
 
 def _train_in_worker(run: Run, study: Study) -> str:
     """Train one run; return what went wrong."""
-    if study.device.type == "cuda":  # Ray shows a worker its own GPU only, as number 0
+    if study.device.type == "cuda" and study.executor == "ray":  # which shows it one GPU, number 0
         study = replace(study, device=torch.device("cuda"))
     threads = torch.get_num_threads()
     torch.set_num_threads(study.cores_per_run)
@@ -139,8 +139,9 @@ def show_progress(runs: Sequence[Run], study: Study, title: str) -> Iterator[Non
 
     def watch() -> None:
         while not ended.wait(1):
-            bar.n, news = _done(runs, study)
-            bar.set_postfix_str(news)
+            with contextlib.suppress(OSError, ValueError):  # a file that is being replaced
+                bar.n, news = _done(runs, study)
+                bar.set_postfix_str(news)
 
     with open(path or os.devnull, "w") as file:
         in_file = functools.partial(plain_bar, file=file, ncols=150)

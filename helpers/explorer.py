@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -38,21 +39,21 @@ def picture(
 def explore(network: nn.Module, dataset: Dataset, study: Study) -> widgets.Widget | Image.Image:
     """Pick an image or upload one, a class, layer, method and opacity (headless: one picture)."""
     images = dataset.test.images.permute(0, 2, 3, 1).numpy()
+    parts = network.named_children()
+    layers = [name for name, part in parts if isinstance(part, (nn.Conv2d, nn.Sequential))]
     if study.progress != "bar":
-        return picture(network, images[0], dataset)[0]
+        return picture(network, images[0], dataset, layers=layers[-1])[0]
 
     def show(image: int, file: tuple, **options: Any) -> None:
         pixels, truth = images[image], f"true {dataset.classes[int(dataset.test.labels[image])]}"
         if file:
-            with tempfile.NamedTemporaryFile(buffering=0) as copy:
-                copy.write(file[0]["content"])
-                pixels, truth = read_image(copy.name), "your image"
+            with tempfile.TemporaryDirectory() as folder:
+                (copy := Path(folder, "your image")).write_bytes(file[0]["content"])
+                pixels, truth = read_image(copy), "your image"
         found, caption = picture(network, pixels, dataset, **options)
         print(f"{truth}; {caption}")
         display(found)
 
-    parts = network.named_children()
-    layers = [name for name, part in parts if isinstance(part, (nn.Conv2d, nn.Sequential))]
     return widgets.interactive(
         show,
         image=widgets.IntSlider(max=len(images) - 1),

@@ -262,7 +262,7 @@ def _forward(model, names, reshape, images, record):
         except RuntimeError as error:
             if "view size is not compatible" not in str(error):
                 raise
-            output = model(images)  # a network that flattens with view can't take channels_last
+            output = model(images.contiguous())  # `view` can't flatten channels_last
         except AssertionError as error:  # a vision transformer checks its images so
             raise ValueError(f"the model refuses images of {_shown(images)}: {error}.") from error
     if missing := [name for name, leaf in kept.items() if leaf is None]:

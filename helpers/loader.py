@@ -161,7 +161,7 @@ def send(images: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "cuda" and not images.is_cuda:
         images = images.pin_memory()
-    return images.to(device, non_blocking=True)
+    return images.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,9 @@ def intervals(
                     text = evaluation.percent(value.mean) if percent else f"{value.mean:.3g}"
                     axes.annotate(text, (mean[0], y - 0.12), ha="center", va="bottom", fontsize=8)
         if reference is not None:
-            axes.axvline(reference * (100 if percent else 1), color="0.5", lw=1, ls="--", zorder=0)
+            axes.axvline(
+                reference * (100 if percent else 1), color="0.35", lw=1.1, ls="--", zorder=1
+            )
         shown = names if axes.get_subplotspec().is_first_col() else [""] * len(names)
         axes.set_yticks(range(len(names)), map(literal, shown))
         axes.set_ylim(len(names) - 0.4, -0.7)
@@ -240,7 +242,7 @@ def curves(
             for seed in seeds:
                 axes.plot(seed.index, seed, color=colour, alpha=0.35, lw=0.8)
             x = np.mean([seed.index[:shortest] for seed in seeds], axis=0)
-            y = np.mean([seed[:shortest] for seed in seeds], axis=0)
+            y = np.mean([seed.iloc[:shortest] for seed in seeds], axis=0)
             axes.plot(x, y, color=colour, lw=1.8, label=literal(name))
         if not log_x:
             whole = all((s.index % 1 == 0).all() for seeds in lines.values() for s in seeds)
@@ -254,14 +256,14 @@ def matrix(tables: Mapping[str, pd.DataFrame], *, xlabel: str, ylabel: str) -> F
     """Show tables of shares, {title: DataFrame}, as heatmaps in per cent with one scale."""
     tables = {title: 100 * table for title, table in tables.items()}
     height, width = next(iter(tables.values())).shape
-    few, digits = max(height, width) <= 20, 1 if width <= 5 else 0
+    few, digits = max(height, width) <= 20, 1 if width <= 10 else 0
     size = [1.2 + 0.36 * min(max(n, 5), 10) for n in (width, height)]
     figure, axes_list = panels(len(tables), 2, *size)
     low, high = (f([f(table) for table in tables.values()]) for f in (np.min, np.max))
     look = {"cmap": "mako_r", "vmin": low, "vmax": high, "cbar": False, "fmt": ""}
     look |= {"annot_kws": {"fontsize": 7.5}, "xticklabels": few, "yticklabels": few}
     for axes, table in zip(axes_list, tables.values(), strict=True):
-        numbers = table.map(lambda x: f"{x:.{digits}f}" if digits or x >= 0.5 else "")
+        numbers = table.map(lambda x: f"{x:.{digits}f}" if x > 0 else "")
         named = table.rename(index=literal, columns=literal)
         sns.heatmap(named, annot=numbers if few else False, ax=axes, **look)
         axes.tick_params(labelsize=8, length=0)

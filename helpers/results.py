@@ -31,9 +31,14 @@ def trained_out(results: Sequence[Result]) -> bool:
     return all(r.metrics["train"]["accuracy"] >= 0.95 for r in results)
 
 
+def correct(results: Sequence[Result]) -> np.ndarray:
+    """Return whether each test image was classified rightly: seeds x images of 0 or 1."""
+    return np.stack([r.correct for r in results])
+
+
 def accuracies(results: Mapping[str, Sequence[Result]]) -> dict[str, Interval]:
     """Return each name's test accuracy with its interval, cut off at 0 and 1."""
-    found = seeds_intervals({n: np.stack([r.correct for r in rs]) for n, rs in results.items()})
+    found = seeds_intervals({n: correct(rs) for n, rs in results.items()})
     return {n: replace(i, low=max(i.low, 0), high=min(i.high, 1)) for n, i in found.items()}
 
 
@@ -49,7 +54,7 @@ def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict
                 raise ValueError(f"{differ}; only runs that share both can be compared in pairs")
         paired[name] = np.stack([one.correct - other.correct for one, other in pairs])
     del paired[reference]
-    return seeds_intervals(paired)
+    return seeds_intervals(paired, shared=True)
 
 
 def package_hash() -> str:

@@ -29,7 +29,7 @@ from helpers.config import Study, dataset_slug, settings, write_atomically
 from helpers.data import SPLITS, Dataset, load_dataset
 from helpers.evaluation import metrics, predict
 from helpers.finetuning import IMAGENET
-from helpers.models import IMAGENET_RESNETS, MODELS, build_model, check_stem
+from helpers.models import CIFAR_RESNETS, IMAGENET_RESNETS, MODELS, build_model, check_stem
 from helpers.recipes import RECIPES, Recipe
 from helpers.training import train
 
@@ -125,7 +125,7 @@ class Run:
         options = {n: getattr(self, n) for n in ("width", "stem", "residual", "dropout")}
         options |= {"num_classes": num_classes, "image_size": image_size}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # and leave those of GPUs alone
             return build_model(self.model, **options)
 
     def load_data(self, data_dir: Path | str) -> Dataset:
@@ -146,6 +146,10 @@ def check_source(run: Run, start: Transfer | Pruning) -> None:
     if start.source != IMAGENET:
         names = ["model", "width", "stem", "residual"]
         names += ["dataset", "fingerprint"] if isinstance(start, Pruning) else []
+        if isinstance(start, Transfer) and getattr(start.source.start, "kind", "") == "channels":
+            raise ValueError(f"{start.source.key} has lost channels; start from an unpruned run")
+        if getattr(start, "kind", "") == "channels" and run.model in CIFAR_RESNETS and run.residual:
+            raise ValueError(f"shortcuts of {run.model} pad channels; prune its weights instead")
         expected = {name: getattr(start.source, name) for name in names}
     elif run.model not in IMAGENET_RESNETS:
         raise ValueError(f"torchvision has no weights for {run.model}; choose a resnet18 to 152")
@@ -256,7 +260,8 @@ def load_result(run: Run, study: Study) -> Result:
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
                 raise ValueError(f"{name} doesn't fit its checksum")
         arrays = np.load(folder / "predictions.npz", allow_pickle=False)
-        history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
+        history = pd.read_csv(folder / "history.csv", dtype=str)  # whose own floats aren't exact
+        history = history.astype(float).astype({"epoch": int})
         summary["classes"] = tuple(summary["classes"])
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         tensors = {n: t.float() if "logits" in n else t.long() for n, t in tensors.items()}
@@ -306,7 +311,7 @@ def publish(result: Result, path: Path) -> None:
 
     The first seed's weights are in it, in float16, if a network was trained as the profile says or
     pruned: more would fill a repository. From each image's logits their largest is subtracted, so
-    that rounding changes no prediction.
+    that rounding changes hardly a prediction.
     """
     run, profile = result.run, result.study.profile
     recipe = replace(RECIPES[profile.recipe], batch_size=run.recipe.batch_size)
@@ -332,7 +337,8 @@ def unpack(published: Path, folder: Path) -> None:
     """Write a published run's files as if it had been trained here; RunError if it is damaged."""
     try:
         with zipfile.ZipFile(published) as archive:
-            files = {n: archive.read(n) for n in RESULT_FILES if n in archive.namelist()}
+            names = {*archive.namelist(), "result.json"}  # without which nothing counts
+            files = {n: archive.read(n) for n in RESULT_FILES if n in names}
     except Exception as error:  # a damaged archive raises nearly anything
         raise RunError(f"{published} is damaged ({error}); delete it to train the run") from None
     for name, content in files.items():

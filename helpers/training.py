@@ -134,8 +134,8 @@ class State:
         content = {name: getattr(self, name).state_dict() for name in STATEFUL}
         content |= {"best": self.best, "best_epoch": self.best_epoch, "cpu": torch.get_rng_state()}
         content |= {"history": list(map(asdict, self.history)), "arithmetic": self.arithmetic}
-        if torch.cuda.is_initialized():
-            content["cuda"] = torch.cuda.get_rng_state()
+        if (device := next(self.model.parameters()).device).type == "cuda":
+            content["cuda"] = torch.cuda.get_rng_state(device)
         buffer = io.BytesIO()
         torch.save(content, buffer)
         write_atomically(path, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
@@ -162,8 +162,8 @@ class State:
             self.history = [EpochRecord(**record) for record in content["history"]]
             self.best, self.best_epoch = content["best"], content["best_epoch"]
             torch.set_rng_state(content["cpu"])
-            if "cuda" in content and torch.cuda.is_initialized():
-                torch.cuda.set_rng_state(content["cuda"])
+            if "cuda" in content:
+                torch.cuda.set_rng_state(content["cuda"], next(self.model.parameters()).device)
         except Exception as error:  # code in a pickle, or whatever else isn't a checkpoint
             raise ValueError(
                 f"{path} can't be used ({error}). Delete it to train this run from the start."
@@ -221,6 +221,7 @@ def compiled(model: nn.Module, loader: Loader, dtype: torch.dtype) -> Forward:
     try:
         with repeatable(loader.device, loader.seed):
             for _ in range(3):
+                model.zero_grad()  # CUDA graphs free a step's gradients with the step
                 with mixed_precision(loader.device, dtype):
                     logits = forward(images)
                 logits.float().sum().backward()

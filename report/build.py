@@ -46,15 +46,16 @@ def build(set_folder: Path, *, with_findings: bool = True) -> bytes:
             f"{set_folder} has no results; run `make study` with the same PROFILE and DATASET first"
         )
     check_one_dataset(set_folder)
-    claims = json.dumps(claims_of_others(set_folder), indent=1)
-    write_atomically(set_folder / "results" / "claims.json", claims.encode())
+    folders = (set_folder, *with_depth(set_folder))
+    for folder in folders:
+        claims = json.dumps(claims_of_others(folder), indent=1)
+        write_atomically(folder / "results" / "claims.json", claims.encode())
     findings = REPORT / f"findings-{set_folder.name}.typ"
     with_findings = with_findings and findings.is_file()
     if with_findings and (unguarded := unguarded_numbers(findings.read_text())):
         raise ValueError(f"{findings} has numbers outside #measured: {unguarded}")
     # Typst reads below one root only; a set elsewhere (ANALYSIS_DIR) is linked in by its own root.
     root = ROOT if set_folder.is_relative_to(ROOT) else Path("/")
-    folders = (set_folder, *with_depth(set_folder))
     folders = {folder.name: "/" + folder.relative_to(root).as_posix() for folder in folders}
     inputs = {"findings": findings.name if with_findings else "", "recipes": recipe_table()}
     inputs |= {"set": folders.pop(set_folder.name), "beside": json.dumps(folders)}
@@ -153,9 +154,9 @@ def first_lines(set_folder: Path) -> list[str]:
         f"each image is right on {with_mark} % of marked test images, and on {without_mark} % of "
         "the same images without it. A test on images like its own can't tell; a map does.",
         *(f"- **Depth, on {title}.** {said}" for title, said in deeper_is_better(set_folder)),
-        f"- **What others claim.** {len(others)} claims of tutorials and student projects, each "
-        "judged by an interval; on what networks can do, only where these have learnt their "
-        "training images: "
+        f"- **What others claim.** {len({c['source'] for c in others})} claims of tutorials and "
+        f"student projects in {len(others)} tests, each judged by an interval; on what networks can "
+        "do, only where these have learnt their training images: "
         f"{', '.join(f'{word} ({count})' for word, count in words.most_common())}.",
     ]
 
@@ -190,22 +191,22 @@ def results_section(set_folder: Path) -> str:
 
 def network_table(depth: dict[str, Any]) -> Iterator[str]:
     """Yield the Markdown lines of 04's comparison of networks, and what it was made on."""
-    yield "| network | test accuracy (%) | parameters | multiply-adds | training |"
+    yield "| network | test accuracy (%) | training accuracy (%) | parameters | multiply-adds |"
     yield "|---|---|---|---|---|"
+    learnt = {row[0]: row[2] for row in depth["tables"]["accuracy"]["rows"]}
     for name, values in depth["networks"].items():
         costs = values["costs"]
         yield (
-            f"| {name} | {values['accuracy']['text']} | "
+            f"| {name} | {values['accuracy']['text']} | {learnt[name]} | "
             f"{costs['parameters'] / 1e3:,.0f} thousand | "
-            f"{costs['multiply-adds'] / 1e6:.1f} million | {costs['training seconds']:,.0f} s |"
+            f"{costs['multiply-adds'] / 1e6:.1f} million |"
         )
     about, profile = depth["data"], depth["profile"]
     yield (
         f"\n{about['title']}, profile {profile['name']}: {about['train_size']:,} training and "
         f"{about['test_size']:,} test images of {about['image_size']} pixels, networks at "
         f"{profile['width']:g} of their usual width, {profile['epochs']} epochs, {depth['seeds']} "
-        f"seeds; mean and 95 % interval over seeds and test images; on "
-        f"{depth['machine']['device'].split(',')[0]}."
+        "seeds; mean and 95 % interval over seeds and test images."
     )
 
 

@@ -93,7 +93,7 @@ def about(folder: Path) -> str:
         f"{data['title']}, profile {profile['name']}: {data['train_size']:,} training and "
         f"{data['test_size']:,} test images of {data['image_size']} pixels, networks at "
         f"{profile['width']:g} of their usual width, {profile['epochs']} epochs, {depth['seeds']} "
-        f"seeds, on {depth['machine']['device'].split(',')[0]}."
+        "seeds."
     )
 
 
@@ -105,7 +105,7 @@ def page(notebook: str, folder: Path) -> str:
 def networks(folder: Path) -> str:
     """Return a set's comparison of networks, what it was made on and where it is, as Markdown."""
     accuracy = results("04_depth", folder)["tables"]["accuracy"]
-    shown = table(accuracy["columns"][:6], [row[:6] for row in accuracy["rows"]])
+    shown = table(accuracy["columns"][:5], [row[:5] for row in accuracy["rows"]])
     measured = f"How it was measured is in {link(page('04_depth', folder))}."
     return f"{shown}\n\n{about(folder)} {measured}"
 

@@ -270,6 +270,9 @@ def test_rank_correlation():
     gone[:5] = 0
     scores = metrics.rank_correlation(RANDOM, gone)
     assert scores.all_zero == 5 and np.isnan(scores.values[:5]).all()
+    apart = torch.zeros(2, 1, 4, 4)
+    apart[0, 0, :, 0] = apart[1, 0, :, 1] = 1  # which share no column
+    assert metrics.rank_correlation(*apart).values == pytest.approx(-1 / 3)
     with pytest.raises(ValueError, match="maps differ"):
         metrics.rank_correlation(RANDOM, RANDOM[:, :4])
 

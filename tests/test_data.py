@@ -410,11 +410,13 @@ def test_some_classes_of_a_dataset(load: Callable[..., Dataset]) -> None:
     every, some = load("digits"), load("digits:7,1,4", train_size=90)
     assert some.classes == ("1", "4", "7") and some.title == "Digits: 1, 4, 7"
     assert (len(some.train), some.fingerprint) == (90, every.fingerprint)
+    assert some.name == data.of_classes(every, ["4", "1", "7"]).name == "digits:1,4,7"
     for number, name in enumerate(some.classes):
         images = every.test.images[every.test.labels == int(name)]
         assert torch.equal(some.test.images[some.test.labels == number], images)
     for name, told in (
         ("digits:1,x", "no class 'x'; its classes are 0,"),
+        ("digits:1,1", "at least two of its classes 0,"),
         ("shapes:disc", "unknown"),
     ):
         with pytest.raises(ValueError, match=told):

@@ -225,7 +225,7 @@ def expected_accuracy(shift: float) -> float:
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
-@pytest.mark.parametrize("what", ["accuracy", "paired difference", "value a seed"])
+@pytest.mark.parametrize("what", ["accuracy", "paired difference", "value a seed", "shared"])
 def test_intervals_cover_what_they_say(seeds: int, what: str) -> None:
     generator = np.random.default_rng(seeds)
     hits, rounds, shift = 0, 400, 0.1
@@ -233,17 +233,20 @@ def test_intervals_cover_what_they_say(seeds: int, what: str) -> None:
         "accuracy": expected_accuracy(0),
         "paired difference": expected_accuracy(shift) - expected_accuracy(0),
         "value a seed": 0.0,
+        "shared": 0.0,
     }[what]
     for _ in range(rounds):
-        given = {}
+        given, reference = {}, generator.normal(0, 1, seeds)
         for name in range(8):
             first, second = right_or_wrong(generator, seeds, 300, shift)
             given[name] = {
                 "accuracy": first,
                 "paired difference": second - first,
                 "value a seed": generator.normal(0, 1, seeds),
+                "shared": generator.normal(0, 1, seeds) - reference,
             }[what]
-        hits += sum(i.low <= truth <= i.high for i in seeds_intervals(given).values())
+        found = seeds_intervals(given, shared=what == "shared").values()
+        hits += sum(i.low <= truth <= i.high for i in found)
     assert 0.93 <= hits / (8 * rounds) <= 0.97
 
 
@@ -300,7 +303,7 @@ def test_a_verdict_is_one_line() -> None:
     assert str(found) == "**Holds.** A beats B: +1.6 points [+1.2, +2.0]."
     several = verdict("All do", {"A": interval(0.1, 0.3), "B": interval(-1, 1)}, unit="nats")
     assert str(several) == (
-        "**Not decided.** All do: A +0.20 nats [+0.10, +0.30]; B +0.00 nats [-1.00, +1.00]."
+        "**Not decided.** All do: A +0.200 nats [+0.100, +0.300]; B +0.000 nats [-1.000, +1.000]."
     )
     assert verdict("Wide", interval(0.04, 0.2), smallest=0.05).word == "not decided"
 

@@ -164,7 +164,8 @@ def test_on_colab_a_kernel_gets_what_notebooks_and_helpers_import() -> None:
     assert "torch" in installed and not installed & {"jupyterlab", "pytest", "ruff", "typst"}
     sources = [path.read_text() for path in (ROOT / "helpers").glob("*.py")]
     sources += ["\n".join(cell.source for cell in code_cells(path)) for path in PATHS]
-    imported = {n for text in sources for n in re.findall(r"^\s*(?:import|from) (\w+)", text, re.M)}
+    pattern = re.compile(r"^\s*(?:import|from(?= \S+ import)) (\w+)", re.MULTILINE)
+    imported = {name for text in sources for name in pattern.findall(text)}
     # Colab's own, the optional Ray, and what comes with ipywidgets and nbclient.
     imported -= {*sys.stdlib_module_names, "helpers", "google", "ray", "IPython", "traitlets"}
     distributions = metadata.packages_distributions()

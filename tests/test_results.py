@@ -50,7 +50,7 @@ def test_intervals_are_pooled_over_names_and_differences_are_paired(result: Resu
     assert expected["best"].high > 1 and found["best"] == replace(expected["best"], high=1)
     paired = {name: tables[name] - tables["poor"] for name in ("good", "best")}
     found = results.differences(made, "poor")
-    assert list(found) == ["good", "best"] and found == seeds_intervals(paired)
+    assert list(found) == ["good", "best"] and found == seeds_intervals(paired, shared=True)
 
 
 def test_results_of_other_seeds_or_images_are_not_compared(result: Result) -> None:

@@ -183,6 +183,14 @@ def test_the_key_is_readable_and_a_folder_is_known_by_name_and_content(run: Run)
             lambda r: replace(r, dataset="digits", start=Pruning(r, "weights", 0.5)),
             "dataset is 'digits'",
         ),
+        (
+            lambda r: replace(r, start=Transfer(replace(r, start=Pruning(r, "channels", 0.5)))),
+            "has lost channels",
+        ),
+        (
+            lambda r: replace(r := replace(r, model="resnet20"), start=Pruning(r, "channels", 0.5)),
+            "pad channels",
+        ),
         (lambda r: replace(r, start=Transfer(IMAGENET)), "no weights for simple_cnn"),
         (lambda r: replace(r, model="resnet18", start=Transfer(IMAGENET)), "stem is 'auto'"),
     ],
@@ -287,9 +295,11 @@ def test_a_published_run_is_read_in_place_of_training(
 def test_a_damaged_published_run_is_named(whole: slice, stored: Study, run: Run) -> None:
     load_or_train(run, replace(stored, publish=True))
     path = stored.folder / "runs" / f"{run.key}.zip"
-    path.write_bytes(b"x" + path.read_bytes()[whole])
-    with pytest.raises(RunError, match=f"{path.name} is damaged"):
-        load_or_train(run, replace(stored, runs_dir=stored.runs_dir / "clone"))
+    damaged = b"x" + path.read_bytes()[whole]
+    for content in (damaged, b"PK\5\6" + bytes(18)):  # and an archive with nothing in it
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=f"{path.name} is damaged"):
+            load_or_train(run, replace(stored, runs_dir=stored.runs_dir / "clone"))
 
 
 def test_the_test_split_is_read_once_after_training(
