@@ -155,8 +155,8 @@ def first_lines(set_folder: Path) -> list[str]:
         "the same images without it. A test on images like its own can't tell; a map does.",
         *(f"- **Depth, on {title}.** {said}" for title, said in deeper_is_better(set_folder)),
         f"- **What others claim.** {len({c['source'] for c in others})} claims of tutorials and "
-        f"student projects in {len(others)} tests, each judged by an interval; on what networks can "
-        "do, only where these have learnt their training images: "
+        f"student projects in {len(others)} tests, each judged by an interval; on what networks "
+        "can do, only where these have learnt their training images: "
         f"{', '.join(f'{word} ({count})' for word, count in words.most_common())}.",
     ]
 
