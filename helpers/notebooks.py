@@ -37,7 +37,6 @@ from traitlets.config import Config
 from helpers import config
 from helpers.config import ROOT, Study, write_atomically
 from helpers.data import check_dataset
-from helpers.results import package_hash
 from helpers.runs import machine
 
 NOTEBOOKS_DIR, REQUIREMENTS = ROOT / "notebooks", ROOT / "requirements.txt"
@@ -137,7 +136,8 @@ def run_series(paths: Sequence[Path], study: Study, *, answers: bool = False) ->
         where, begun = f"[{number}/{len(paths)}] {path.stem}", time.monotonic()
         seal = executed(path, study).with_name(f".{path.stem}.state")
         cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
-        code = RUN_TIME.sub("", f"{answers} {cells}") + package_hash()  # as it runs: it may change
+        package = [file.read_bytes() for file in sorted((ROOT / "helpers").glob("*.py"))]
+        code = RUN_TIME.sub("", f"{answers} {cells} {package}")  # as it runs: it may change
         if seal.exists() and seal.read_text() == state(path, study, code):
             print(f"{where} is up to date", flush=True)
             continue

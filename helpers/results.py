@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers.config import ROOT, Study, dataset_slug, write_atomically
+from helpers.config import Study, dataset_slug, write_atomically
 from helpers.data import SPLITS, Dataset, cached
 from helpers.evaluation import Interval, Verdict, seeds_intervals
 from helpers.runs import Result, machine
@@ -57,10 +59,22 @@ def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict
     return seeds_intervals(paired, shared=True)
 
 
-def package_hash() -> str:
-    """Return a hash of this package's source."""
-    files = sorted((ROOT / "helpers").glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def code_behind(function: Callable) -> str:
+    """Return the text of a function, of those beside it and of this package's modules it builds on.
+
+    All but that of `helpers.runs`: what became of a run is known by its results.
+    """
+    texts, waiting = [], [function]
+    for thing in waiting:
+        texts.append(inspect.getsource(thing))
+        around = vars(thing) if inspect.ismodule(thing) else thing.__globals__
+        found = [around[name] for name in re.findall(r"\w+", texts[-1]) if name in around]
+        used = [f for f in found if inspect.isfunction(f) and f.__module__ == function.__module__]
+        for each in found:  # a module, or what one holds
+            home = getattr(each, "__module__", getattr(each, "__name__", ""))
+            used += [sys.modules[home]] if re.match(r"helpers\.(?!runs$)", str(home)) else []
+        waiting += [each for each in dict.fromkeys(used) if each not in waiting]
+    return "\n".join(sorted(texts))
 
 
 def computed(
@@ -68,12 +82,11 @@ def computed(
 ) -> dict[str, np.ndarray]:
     """Return function(result, *arguments), arrays by name, from the study's set if they are there.
 
-    It is computed anew if the function's text, this package, the run or an argument (by its `repr`)
-    changes. For what the function takes from around it, delete the set's folder computed/.
+    It is computed anew if the function's code (as `code_behind` has it), the run or an argument (by
+    its `repr`) changes. For values that it takes from around it, delete the set's folder computed/.
     """
     trained = repr(result.metrics)  # trained on another machine, a run's weights are others
-    given = result.run.key, trained, *map(repr, arguments)
-    about = "\n".join([inspect.getsource(function), package_hash(), *given])
+    about = "\n".join([code_behind(function), result.run.key, trained, *map(repr, arguments)])
     name = f"{function.__name__}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.npz"
     path = study.folder / "computed" / name
     return cached(path, lambda: function(result, *arguments), np.savez_compressed)

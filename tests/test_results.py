@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -13,10 +14,10 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import results
+from helpers import evaluation, results
 from helpers.config import Study
 from helpers.data import Dataset
-from helpers.evaluation import Interval, seeds_intervals, verdict
+from helpers.evaluation import Interval, percent, seeds_intervals, verdict
 from helpers.runs import Result, Run, load_or_train, machine
 
 
@@ -113,6 +114,22 @@ def test_what_needs_a_network_is_computed_once(study: Study, result: Result) -> 
         return {"values": 1 + factor * np.arange(3)}
 
     assert list(results.computed(study, times, result, 2)["values"]) == [1, 3, 5]
+
+
+def beside(logits: torch.Tensor) -> float:
+    return percent(float(logits.mean()))
+
+
+def stands_on(result: Result) -> dict[str, str]:
+    return {"share": beside(result.test_logits)}
+
+
+def test_code_behind_a_function_is_all_it_stands_on_but_what_runs_are() -> None:
+    code = results.code_behind(stands_on)
+    for part in (stands_on, beside, evaluation, evaluation.Split, evaluation.normalise):
+        assert inspect.getsource(part) in code  # evaluation builds on data and loader
+    for part in (load_or_train, results, Result):
+        assert inspect.getsource(part) not in code
 
 
 @pytest.mark.parametrize("bad", [math.nan, np.float64("inf"), np.array([math.nan]), torch.ones(1)])
