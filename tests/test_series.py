@@ -19,7 +19,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from helpers import config, notebooks, results
+from helpers import config, notebooks
 from helpers.config import ROOT, Study, write_atomically
 from helpers.notebooks import find_notebooks, run_series
 
@@ -80,7 +80,7 @@ def test_a_series_that_succeeds(folder: Path, study: Study, capsys: Capture) -> 
 def test_only_what_has_changed_runs_again(
     monkeypatch: pytest.MonkeyPatch, folder: Path, study: Study, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(results, "ROOT", folder.parent)
+    monkeypatch.setattr(notebooks, "ROOT", folder.parent)
     (helper := folder.parent / "helpers" / "one.py").parent.mkdir()
     helper.write_text("A = 1")
     path = write(folder / "01_first.ipynb", "print(1)")
