@@ -309,22 +309,23 @@ def is_finished(run: Run, study: Study) -> bool:
 def publish(result: Result, path: Path) -> None:
     """Write a finished run as one small file: history, metrics, and predictions in float16.
 
-    The first seed's weights are in it, in float16, if a network was trained as the profile says or
-    pruned: more would fill a repository. From each image's logits their largest is subtracted, so
-    that rounding changes hardly a prediction.
+    With it go, in float16, the weights of networks trained as the profile says on the study's data
+    (two seeds) or pruned (one): more would fill a repository. From each image's logits their
+    largest is subtracted, so that rounding changes hardly a prediction.
     """
     run, profile = result.run, result.study.profile
     recipe = replace(RECIPES[profile.recipe], batch_size=run.recipe.batch_size)
-    own = {"width": profile.width, "epochs": profile.epochs, "recipe": recipe, "start": None}
-    own |= {"stem": "auto", "residual": True, "dropout": 0.0, "patience": None}
+    own = {"recipe": recipe, "dataset": result.study.dataset}
+    own |= {"width": profile.width, "epochs": profile.epochs, "dropout": 0.0, "patience": None}
+    own |= {"stem": "auto", "residual": True, "start": None}
     arrays, files = {}, {"history.csv": (result.folder / "history.csv").read_bytes()}
     for split in SPLITS[1:]:
         logits, labels = (getattr(result, f"{split}_{what}") for what in ("logits", "labels"))
         arrays[f"{split}_logits"] = (logits - logits.amax(1, keepdim=True)).half().numpy()
         arrays[f"{split}_labels"] = labels.to(torch.int16).numpy()
     files["predictions.npz"] = _compressed(arrays)
-    as_is = replace(run, **own) == run or isinstance(run.start, Pruning)
-    if run.seed == profile.seeds[0] and as_is:
+    as_is, pruned = replace(run, **own) == run, isinstance(run.start, Pruning)
+    if run.seed in profile.seeds[: 2 if as_is else int(pruned)]:
         files["model.safetensors"] = finetuning.weights_file(result.load_model().half())
     summary, packed = json.loads((result.folder / "result.json").read_bytes()), io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
