@@ -17,6 +17,7 @@ content.write_pages("api", content.api_pages())
 project = "Residual networks"
 html_title = "Residual networks"
 html_theme = "furo"
+html_favicon = "favicon.svg"
 html_static_path = ["explorer", "site.css"]
 html_css_files = ["site.css"]
 smartquotes = False  # docstrings quote code
