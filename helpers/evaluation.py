@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
@@ -153,46 +153,65 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     return Interval(float(np.mean(values)), float(low), float(high), len(values))
 
 
-def seeds_intervals(values: Mapping[str, np.ndarray], shared: bool = False) -> dict[str, Interval]:
+def seeds_intervals(
+    values: Mapping[Any, np.ndarray],
+    contrasts: Mapping[Any, Mapping[Any, float]] | None = None,
+    *,
+    apart: Collection[Any] = (),
+) -> dict[Any, Interval]:
     """Return the mean of each configuration over seeds and test images, with its interval.
 
-    Each array is seeds x images: 1 where that seed's network was right, or the difference of two
-    methods that share seeds and images (then the comparison is paired); or one value a seed.
+    Each array is seeds x images: 1 where that seed's network was right; or one value a seed.
+    `contrasts` asks for sums of configurations instead, by name with the weight of each:
+    {"gain": {"b": 1, "a": -1}} is how much more often b was right than a, on the same images.
 
     Seeds are a sample of a few. Their variance is therefore pooled over all configurations given,
-    which have to be alike, and the interval is Student's t. `shared` says that all are differences
-    from one reference, whose own deviation is then in each of them: beside a reference of zeros it
-    falls out as what all networks of a seed have in common. (Differences that share runs in another
-    way get intervals that are too wide.) Test images are a sample, too: the variance of the mean is
-    (MS_seeds + MS_images - MS_residual) / (seeds x images), with the mean squares of a two-way
-    analysis of variance and Satterthwaite's (1946) degrees of freedom. With single seeds the
-    interval is that of the images alone. `n` counts the seeds.
+    which have to be alike, and the interval is Student's t; that of those `apart` is pooled by
+    itself. Where the weights add up to 0, what all networks of a seed have in common falls out (not
+    if some are apart). Test images are a sample, too: the variance of the mean is (MS_seeds +
+    MS_images - MS_residual) / (seeds x images), with the mean squares of a two-way analysis of
+    variance and Satterthwaite's (1946) degrees of freedom. With single seeds the interval is that
+    of the images alone. `n` counts the seeds. Raises ValueError if tables don't fit each other.
     """
     tables = {name: np.asarray(table, dtype=np.float64) for name, table in values.items()}
     tables = {name: t[:, None] if t.ndim == 1 else t for name, t in tables.items()}
     for name, table in tables.items():
         if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
             raise ValueError(f"{name}: expected seeds x images of finite values, found {table}")
-    freedom = sum(len(table) - 1 for table in tables.values())
-    squares = sum(((t.mean(1) - t.mean()) ** 2).sum() for t in tables.values())
-    if shared:
-        means = np.stack([t.mean(1) for t in tables.values()])
-        means = np.vstack([0 * means[:1], means])
-        own = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
-        squares = 2 * (own**2).sum()  # a difference varies twice as much as a network
     intervals = {}
-    for name, table in tables.items():
+    for name, weights in (contrasts or {name: {name: 1.0} for name in tables}).items():
+        table = sum(weight * tables[part] for part, weight in weights.items())
         (seeds, images), mean = table.shape, float(table.mean())
+        in_common = not apart and len(tables) > 1 and abs(sum(weights.values())) < 1e-9
+        by_seed, parts = 0.0, 0.0
+        for alike in (False, True):
+            group = {n: t for n, t in tables.items() if (n in apart) is alike}
+            variance, freedom = _spread([*group.values()], in_common)
+            part = variance * sum(w**2 for n, w in weights.items() if n in group) / seeds
+            by_seed, parts = by_seed + part, parts + part**2 / max(freedom, 1)
         residuals = table - table.mean(1, keepdims=True) - table.mean(0) + mean
         residual = (residuals**2).sum() / max((seeds - 1) * (images - 1), 1) / table.size
         by_image = ((table.mean(0) - mean) ** 2).sum() / max(images - 1, 1) / images
-        by_seed = squares / freedom / seeds if freedom else 0.0
         variance = max(by_seed + by_image - residual, by_seed, by_image)
-        parts = by_seed**2 / max(freedom, 1) + by_image**2 / max(images - 1, 1)
+        parts += by_image**2 / max(images - 1, 1)
         reach = stats.t.ppf((1 + LEVEL) / 2, variance**2 / parts) if parts else 0.0
         half = float(reach * np.sqrt(variance))
         intervals[name] = Interval(mean, mean - half, mean + half, seeds)
     return intervals
+
+
+def _spread(tables: Sequence[np.ndarray], in_common: bool) -> tuple[float, int]:
+    """Return the variance of a seed's mean, pooled over tables, and its degrees of freedom.
+
+    With `in_common` it is that of what is a network's own, beside what all of a seed share.
+    """
+    own = [table.mean(1) - table.mean() for table in tables]
+    freedom = sum(len(means) - 1 for means in own)
+    if in_common and own:
+        own = np.stack(own) - np.mean(own, axis=0)
+        freedom = (len(own) - 1) * (own.shape[1] - 1)
+    squares = sum((means**2).sum() for means in own)
+    return (squares / freedom if freedom else 0.0), freedom
 
 
 def seeds_interval(values: np.ndarray) -> Interval:

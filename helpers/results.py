@@ -38,25 +38,22 @@ def correct(results: Sequence[Result]) -> np.ndarray:
     return np.stack([r.correct for r in results])
 
 
-def accuracies(results: Mapping[str, Sequence[Result]]) -> dict[str, Interval]:
-    """Return each name's test accuracy with its interval, cut off at 0 and 1."""
-    found = seeds_intervals({n: correct(rs) for n, rs in results.items()})
+def accuracies(results: Mapping[str, Sequence[Result]], **how: Any) -> dict[str, Interval]:
+    """Return each name's test accuracy, cut off at 0 and 1, by `evaluation.seeds_intervals`."""
+    found = seeds_intervals({n: correct(rs) for n, rs in results.items()}, **how)
     return {n: replace(i, low=max(i.low, 0), high=min(i.high, 1)) for n, i in found.items()}
 
 
 def differences(results: Mapping[str, Sequence[Result]], reference: str) -> dict[str, Interval]:
     """Return how much more accurate each is than `reference`, paired by seed and test image."""
-    paired = {}
-    for name, own in results.items():
-        pairs = list(zip(own, results[reference], strict=True))
-        for one, other in pairs:
+    for own in results.values():
+        for one, other in zip(own, results[reference], strict=True):
             same_images = torch.equal(one.test_labels, other.test_labels)
             if one.run.seed != other.run.seed or not same_images:
                 differ = f"{one.run.key} and {other.run.key} differ in seed or test images"
                 raise ValueError(f"{differ}; only runs that share both can be compared in pairs")
-        paired[name] = np.stack([one.correct - other.correct for one, other in pairs])
-    del paired[reference]
-    return seeds_intervals(paired, shared=True)
+    contrasts = {name: {name: 1, reference: -1} for name in results if name != reference}
+    return seeds_intervals({name: correct(rs) for name, rs in results.items()}, contrasts)
 
 
 def code_behind(function: Callable) -> str:

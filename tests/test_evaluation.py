@@ -209,13 +209,12 @@ def test_bootstrap_agrees_with_the_normal_interval_and_is_seeded() -> None:
     assert bootstrap_interval(values, seed=6) != found
 
 
-def right_or_wrong(generator: np.random.Generator, seeds: int, images: int, shift: float):
-    """Answers, seeds x images, of networks whose seeds have an effect on all images."""
-    difficulty = generator.normal(1.5, 1.5, images)
-    effects = generator.normal(0, 0.15, (2, seeds, 1)) + [[[0]], [[shift]]]
+def right_or_wrong(generator: np.random.Generator, seeds: int, *shifts: float) -> np.ndarray:
+    """Networks' answers, seeds x 300 images: seeds have an effect on all images of a network."""
+    difficulty = generator.normal(1.5, 1.5, 300)
+    effects = generator.normal(0, 0.15, (len(shifts), seeds, 1)) + np.reshape(shifts, (-1, 1, 1))
     chances = 1 / (1 + np.exp(-(difficulty + effects)))
-    first, second = (generator.random((seeds, images)) < chances).astype(float)
-    return first, second
+    return (generator.random((seeds, 300)) < chances).astype(float)
 
 
 def expected_accuracy(shift: float) -> float:
@@ -224,30 +223,39 @@ def expected_accuracy(shift: float) -> float:
     return float((weights * values).sum() / weights.sum())
 
 
+GAINS = {k: {k + 1: 1, k: -1} for k in (0, 2, 4, 6)}
+CHAIN = {f"{b} over {a}": {b: 1, a: -1} for a, b in zip("abcd", "bcde", strict=True)}
+CHAIN |= {"b and c against a and d": {"b": 1, "c": 1, "a": -1, "d": -1}}
+
+
 @pytest.mark.parametrize("seeds", [2, 3])
-@pytest.mark.parametrize("what", ["accuracy", "paired difference", "value a seed", "shared"])
+@pytest.mark.parametrize("what", ["accuracy", "gain", "value a seed", "chain", "apart"])
 def test_intervals_cover_what_they_say(seeds: int, what: str) -> None:
     generator = np.random.default_rng(seeds)
-    hits, rounds, shift = 0, 400, 0.1
+    hits, count, shift, how = 0, 0, 0.1, {}
     truth = {
         "accuracy": expected_accuracy(0),
-        "paired difference": expected_accuracy(shift) - expected_accuracy(0),
-        "value a seed": 0.0,
-        "shared": 0.0,
-    }[what]
-    for _ in range(rounds):
-        given, reference = {}, generator.normal(0, 1, seeds)
-        for name in range(8):
-            first, second = right_or_wrong(generator, seeds, 300, shift)
-            given[name] = {
-                "accuracy": first,
-                "paired difference": second - first,
-                "value a seed": generator.normal(0, 1, seeds),
-                "shared": generator.normal(0, 1, seeds) - reference,
-            }[what]
-        found = seeds_intervals(given, shared=what == "shared").values()
-        hits += sum(i.low <= truth <= i.high for i in found)
-    assert 0.93 <= hits / (8 * rounds) <= 0.97
+        "gain": expected_accuracy(shift) - expected_accuracy(0),
+    }.get(what, 0.0)
+    for _ in range(400):
+        if what == "accuracy":
+            given = {k: right_or_wrong(generator, seeds, 0)[0] for k in range(8)}
+        elif what == "gain":
+            given = dict(
+                zip(range(8), right_or_wrong(generator, seeds, *[0, shift] * 4), strict=True)
+            )
+            how = {"contrasts": GAINS}
+        else:
+            given = {name: generator.normal(0, 1, seeds) for name in "abcdefgh"}
+        if what == "chain":  # of networks that have something in common, seed by seed
+            common, how = generator.normal(0, 3, seeds), {"contrasts": CHAIN}
+            given = {name: own + common for name, own in given.items()}
+        if what == "apart":
+            given |= {name: 5 * given[name] for name in "gh"}
+            how = {"contrasts": {n: {n: 1} for n in "abg"} | {"": {"a": 1, "h": -1}}, "apart": "gh"}
+        found = seeds_intervals(given, **how).values()
+        hits, count = hits + sum(i.low <= truth <= i.high for i in found), count + len(found)
+    assert 0.93 <= hits / count <= 0.97
 
 
 def test_the_variance_of_seeds_is_pooled_and_students() -> None:

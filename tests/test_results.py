@@ -49,9 +49,9 @@ def test_intervals_are_pooled_over_names_and_differences_are_paired(result: Resu
     assert found["good"] == expected["good"] and found["good"].mean == pytest.approx(0.8125)
     # Pooled: a configuration whose seeds agree has an interval, cut off where accuracy ends.
     assert expected["best"].high > 1 and found["best"] == replace(expected["best"], high=1)
-    paired = {name: tables[name] - tables["poor"] for name in ("good", "best")}
+    contrasts = {name: {name: 1, "poor": -1} for name in ("good", "best")}
     found = results.differences(made, "poor")
-    assert list(found) == ["good", "best"] and found == seeds_intervals(paired, shared=True)
+    assert list(found) == ["good", "best"] and found == seeds_intervals(tables, contrasts)
 
 
 def test_results_of_other_seeds_or_images_are_not_compared(result: Result) -> None:
