@@ -163,7 +163,8 @@ def seeds_intervals(
 
     Each array is seeds x images: 1 where that seed's network was right; or one value a seed.
     `contrasts` asks for sums of configurations instead, by name with the weight of each:
-    {"gain": {"b": 1, "a": -1}} is how much more often b was right than a, on the same images.
+    {"gain": {"b": 1, "a": -1}} is how much more often b was right than a, on the same images, over
+    the seeds that both have.
 
     Seeds are a sample of a few. Their variance is therefore pooled over all configurations given,
     which have to be alike, and the interval is Student's t; that of those `apart` is pooled by
@@ -171,7 +172,7 @@ def seeds_intervals(
     if some are apart). Test images are a sample, too: the variance of the mean is (MS_seeds +
     MS_images - MS_residual) / (seeds x images), with the mean squares of a two-way analysis of
     variance and Satterthwaite's (1946) degrees of freedom. With single seeds the interval is that
-    of the images alone. `n` counts the seeds. Raises ValueError if tables don't fit each other.
+    of the images alone. `n` counts the seeds.
     """
     tables = {name: np.asarray(table, dtype=np.float64) for name, table in values.items()}
     tables = {name: t[:, None] if t.ndim == 1 else t for name, t in tables.items()}
@@ -180,7 +181,8 @@ def seeds_intervals(
             raise ValueError(f"{name}: expected seeds x images of finite values, found {table}")
     intervals = {}
     for name, weights in (contrasts or {name: {name: 1.0} for name in tables}).items():
-        table = sum(weight * tables[part] for part, weight in weights.items())
+        count = min(len(tables[part]) for part in weights)
+        table = sum(weight * tables[part][:count] for part, weight in weights.items())
         (seeds, images), mean = table.shape, float(table.mean())
         in_common = not apart and len(tables) > 1 and abs(sum(weights.values())) < 1e-9
         by_seed, parts = 0.0, 0.0
