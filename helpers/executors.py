@@ -84,7 +84,8 @@ def train_in_processes(runs: Sequence[Run], study: Study) -> None:
         how["maxtasksperchild"] = 1 if gpu else None
     with parallel_config(n_jobs=max(1, min(at_once, len(runs))), **how):
         try:
-            errors = Parallel(batch_size=1)(delayed(_train_in_worker)(run, study) for run in runs)
+            train = delayed(functools.partial(_train_in_worker, study=study, parent=os.getpid()))
+            errors = Parallel(batch_size=1)(map(train, runs))
         except BrokenExecutor as error:  # a process was killed, as for want of memory
             errors = [str(error).splitlines()[0]] * len(runs)
     unseen = f"it was trained, but not into {study.runs_dir}: all machines have to share RUNS_DIR"
@@ -97,14 +98,20 @@ def train_in_processes(runs: Sequence[Run], study: Study) -> None:
         raise RunError("\n".join([f"{len(failed)} of {len(runs)} runs failed:", *failed]))
 
 
-def _train_in_worker(run: Run, study: Study) -> str:
+def _train_in_worker(run: Run, study: Study, parent: int) -> str:
     """Train one run; return what went wrong."""
+    of_parent = os.getppid() == parent  # else it is that process itself, or one of Ray's
+
+    def stop_if_orphaned(_record: object) -> None:  # as when a kernel is restarted
+        if of_parent and os.getppid() != parent:
+            os._exit(1)
+
     if study.device.type == "cuda" and study.executor == "ray":  # which shows it one GPU, number 0
         study = replace(study, device=torch.device("cuda"))
     threads = torch.get_num_threads()
     torch.set_num_threads(study.cores_per_run)
     try:
-        load_or_train(run, study)
+        load_or_train(run, study, on_epoch=stop_if_orphaned)
         return ""
     except Exception as error:
         return f"{type(error).__name__}: {error}"

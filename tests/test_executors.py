@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from joblib import register_parallel_backend
 from joblib.parallel import SequentialBackend
 
 from helpers import executors, runs
-from helpers.config import Study
+from helpers.config import ROOT, Study
 from helpers.data import Dataset, load_dataset
 from helpers.executors import cost, train_all, train_variants
 from helpers.recipes import RECIPES
@@ -158,7 +161,7 @@ def test_ray_trains_each_run_in_a_process_with_one_gpu_into_a_folder_that_is_sha
             super().__init__()
             asked.append(options)
 
-    def there(run: Run, study: Study) -> Result:
+    def there(run: Run, study: Study, **_: Any) -> Result:
         assert study.device == torch.device("cuda")  # not the number that it has here
         return load_or_train(run, replace(small_study, runs_dir=place))
 
@@ -178,3 +181,22 @@ def test_ray_trains_each_run_in_a_process_with_one_gpu_into_a_folder_that_is_sha
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"EXECUTOR is ray: pip install '\.\[ray\]'"):
         executors.train_in_processes(made, study)
+
+
+def test_workers_stop_when_the_process_that_asked_has_ended(
+    small_study: Study, small_run: MakeRun, tmp_path: Path
+) -> None:
+    asked = [small_run(seed=seed, epochs=10**6) for seed in (0, 1)]
+    given = replace(small_study, executor="processes", cores_per_run=1)
+    (tmp_path / "asked.pkl").write_bytes(pickle.dumps((asked, given)))
+    program = "import pickle, sys; from helpers import executors; executors.train_in_processes(*"
+    program += "pickle.loads(open(sys.argv[1], 'rb').read()))"
+    main = subprocess.Popen([sys.executable, "-c", program, tmp_path / "asked.pkl"], cwd=ROOT)
+    folders = [given.runs_dir / run.key for run in asked]
+    while not all((folder / "history.csv").exists() for folder in folders):
+        assert main.poll() is None
+        time.sleep(0.1)
+    main.kill()
+    for folder in folders:
+        FileLock(folder / "lock").acquire(timeout=60).lock.release()  # by one who trains it
+        assert not (folder / "result.json").exists()
