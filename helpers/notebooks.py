@@ -41,7 +41,7 @@ from helpers.runs import machine
 
 NOTEBOOKS_DIR, REQUIREMENTS = ROOT / "notebooks", ROOT / "requirements.txt"
 DRIVE = Path("/content/drive")
-RUN_TIME = re.compile("(?<=<!-- run time -->).*(?=<!-- /run time -->)")
+RUN_TIME = re.compile("(?<=<!-- run time -->).*?(?=<!-- /run time -->)")
 
 
 def set_up(keep_runs_on_drive: bool = False) -> None:
@@ -137,7 +137,7 @@ def run_series(paths: Sequence[Path], study: Study, *, answers: bool = False) ->
         seal = executed(path, study).with_name(f".{path.stem}.state")
         cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
         package = [file.read_bytes() for file in sorted((ROOT / "helpers").glob("*.py"))]
-        code = RUN_TIME.sub("", f"{answers} {cells} {package}")  # as it runs: it may change
+        code = f"{RUN_TIME.sub('', str(cells))} {answers} {package}"  # as it runs: it may change
         if seal.exists() and seal.read_text() == state(path, study, code):
             print(f"{where} is up to date", flush=True)
             continue

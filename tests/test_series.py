@@ -82,7 +82,8 @@ def test_only_what_has_changed_runs_again(
 ) -> None:
     monkeypatch.setattr(notebooks, "ROOT", folder.parent)
     (helper := folder.parent / "helpers" / "one.py").parent.mkdir()
-    helper.write_text("A = 1")
+    text = "A = {}  # <!-- /run time -->".format  # as in the source of notebooks.py
+    helper.write_text(text(1))
     path = write(folder / "01_first.ipynb", "print(1)")
     figure = study.folder / "figures" / "01_figure.png"
 
@@ -93,7 +94,7 @@ def test_only_what_has_changed_runs_again(
     assert runs() and not runs()
     notebooks.publish([path], study)  # fills in outputs and run time
     assert "took" not in capsys.readouterr().out and not runs()
-    changes = [lambda: helper.write_text("A = 2"), lambda: write_atomically(figure, b"of it")]
+    changes = [lambda: helper.write_text(text(2)), lambda: write_atomically(figure, b"of it")]
     for change in [*changes, figure.unlink, lambda: write(path, "print(2)")]:
         change()
         assert runs() and not runs()
