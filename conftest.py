@@ -3,9 +3,12 @@
 Set before torch is imported and inherited by pytest's workers and by the notebooks' kernels.
 """
 
+import functools
 import os
 import shutil
 import tempfile
+
+import nbval.kernel
 
 _OWN = "RESNET_STUDY_TEST_FOLDER"
 
@@ -23,6 +26,11 @@ if _OWN not in os.environ:
     os.environ.setdefault("DEVICE", "cpu")
     # Two workers with a thread for each core would wait for each other most of the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if os.name == "posix":
+    # Kernels listen in the file system: by default at ports, which two workers may choose at once.
+    sockets = {"transport": "ipc", "ip": f"{os.environ[_OWN]}/kernel-{os.getpid()}"}
+    nbval.kernel.KernelManager = functools.partial(nbval.kernel.KernelManager, **sockets)
 
 
 def pytest_unconfigure(config):
