@@ -123,24 +123,30 @@ def verdicts(folder: Path) -> Iterator[str]:
 # --- notebooks -------------------------------------------------------------------------------
 
 
-def notebook_pages() -> dict[str, str]:
-    """Return the notebooks, with the code of set-up and of answers to exercises folded.
+def notebooks_of(folder: Path) -> list[Path]:
+    """Return the notebooks as they were run for a set: its own if these are committed, too."""
+    own = f"!{folder.relative_to(ROOT).as_posix()}/notebooks/" in (ROOT / ".gitignore").read_text()
+    return sorted((folder if own else ROOT).glob("notebooks/*.ipynb"))
 
-    Those that were run for other published sets follow, with the set's name in theirs.
+
+def notebook_pages() -> dict[str, str]:
+    """Return each set's notebooks, with the code of set-up and of answers to exercises folded.
+
+    Those of all sets but the first have the set's name in theirs.
     """
     pages = {}
     names = "|".join(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-    paths = {path: path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-    for folder in published_sets()[1:]:
-        runs = sorted(folder.glob("notebooks/*.ipynb"))
-        paths |= {path: f"{page(path.stem, folder)}.ipynb" for path in runs}
+    of_sets = {folder: notebooks_of(folder) for folder in published_sets()}
+    paths = {p: f"{page(p.stem, folder)}.ipynb" for folder, ps in of_sets.items() for p in ps}
     for path, name in paths.items():
         notebook = json.loads(path.read_text(encoding="utf-8"))
+        head = "".join(notebook["cells"][0]["source"])
+        if path.parent != ROOT / "notebooks":
+            head = re.sub(r"\*\*Run time\.\*\*.*", "", head)  # of the set in notebooks/
         if name != path.name:
-            head = "".join(notebook["cells"][0]["source"])
-            head = re.sub(r"(?m)^# .*", rf"\g<0> on {path.parent.parent.name}", head, count=1)
-            head = re.sub(r"\*\*Run time\.\*\*.*", "", head)  # of the other set
-            notebook["cells"][0]["source"] = head.splitlines(keepends=True)
+            of_set = name.removeprefix(f"{path.stem}-").removesuffix(".ipynb")
+            head = re.sub(r"(?m)^# .*", rf"\g<0> on {of_set}", head, count=1)
+        notebook["cells"][0]["source"] = head.splitlines(keepends=True)
         for cell in notebook["cells"]:
             text = "".join(cell["source"])
             tags = cell["metadata"].get("tags", [])
