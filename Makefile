@@ -58,6 +58,7 @@ study: $(if $(filter ray,$(EXECUTOR)),$(INSTALLED_RAY),$(INSTALLED))
 test: $(INSTALLED_PEERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/deptry .
 	$(BIN)/python -m pytest --nbval -n auto -q --durations=15
 
 lab: $(INSTALLED)
