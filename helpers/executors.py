@@ -99,13 +99,13 @@ def train_in_processes(runs: Sequence[Run], study: Study) -> None:
 
 
 def _train_in_worker(run: Run, study: Study, parent: int) -> str:
-    """Train one run; return what went wrong."""
-    of_parent = os.getppid() == parent  # else it is that process itself, or one of Ray's
+    """Train one run; return what went wrong. A process of our own ends with its parent."""
 
-    def stop_if_orphaned(_record: object) -> None:  # as when a kernel is restarted
-        if of_parent and os.getppid() != parent:
+    def stop_if_orphaned(_record: object = None) -> None:  # as when a kernel is restarted
+        if study.executor == "processes" and parent not in (os.getpid(), os.getppid()):
             os._exit(1)
 
+    stop_if_orphaned()
     if study.device.type == "cuda" and study.executor == "ray":  # which shows it one GPU, number 0
         study = replace(study, device=torch.device("cuda"))
     threads = torch.get_num_threads()

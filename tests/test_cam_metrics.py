@@ -352,13 +352,9 @@ def test_controls():
 
 def test_the_table_always_holds_the_controls():
     maps = {"perfect": PERFECT, "nothing": PERFECT * 0}
+    pointing, energy = metrics.pointing_game, metrics.energy_in_mask
     table = metrics.compare(
-        maps,
-        lambda m: {
-            "pointing": metrics.pointing_game(m, MASKS),
-            "energy": metrics.energy_in_mask(m, MASKS),
-        },
-        ONES,
+        maps, lambda m: {"pointing": pointing(m, MASKS), "energy": energy(m, MASKS)}, ONES
     )
     assert len(table) == 6 * 2 and table.control.sum() == 4 * 2
     rows = table.set_index(["method", "metric"])

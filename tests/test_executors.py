@@ -200,3 +200,7 @@ def test_workers_stop_when_the_process_that_asked_has_ended(
     for folder in folders:
         FileLock(folder / "lock").acquire(timeout=60).lock.release()  # by one who trains it
         assert not (folder / "result.json").exists()
+    (tmp_path / "asked.pkl").write_bytes(pickle.dumps((asked[0], given, main.pid)))
+    program = program.replace("train_in_processes", "_train_in_worker")  # as if begun too late
+    late = subprocess.run([sys.executable, "-c", program, tmp_path / "asked.pkl"], cwd=ROOT)
+    assert late.returncode == 1

@@ -348,9 +348,7 @@ def test_default_layer():
     assert default_layer(SmallNet()) == "layer3"
     assert default_layer(torchvision.models.resnet18()) == "layer4"
     assert default_layer(nn.Sequential(nn.Identity(), SmallNet())) == "1.layer3"
-    with pytest.raises(
-        ValueError, match="layerN in features, avgpool, classifier: pass the target"
-    ):
+    with pytest.raises(ValueError, match="layerN in features, avgpool, classifier: pass the"):
         default_layer(network("vgg11"))
     with pytest.raises(ValueError, match="pass the target layer"):
         default_layer(nn.ModuleList([SmallNet(), SmallNet()]))

@@ -30,7 +30,7 @@ OPTIONAL = {
 }  # which an installation may lack
 MODULES = {path.stem: path for path in sorted((ROOT / "helpers").glob("[!_]*.py"))}
 # Lines in all. They may only fall: 4,000 for helpers is where they are to go.
-LIMITS = {"helpers": 4678, "benchmarks": 900, "tests": 6572}
+LIMITS = {"helpers": 4678, "benchmarks": 900, "tests": 6570}
 ENVIRONMENT = ("config", "notebooks")  # which hands it on to the processes that it starts
 LONGEST_MODULE, LONGEST_FUNCTION = 420, 60
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
