@@ -11,7 +11,7 @@ INSTALLED_PEERS := $(VENV)/.installed-peers
 INSTALLED_SITE := $(VENV)/.installed-site
 INSTALLED_RAY := $(VENV)/.installed-ray
 
-.PHONY: help study test lab report publish site bench soak golden gpu-check clean
+.PHONY: help study test lab figures report publish site bench soak golden gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "               DATASET=name or folder, NOTEBOOKS=\"01 02\" for some of them)"
 	@echo "make test      lint, unit tests, and every notebook compared with its outputs"
 	@echo "make lab       open JupyterLab in notebooks/"
+	@echo "make figures   figures, tables and report on photographs again, from the published runs"
 	@echo "make report    build the report of a study that has run"
 	@echo "make bench     measure speed against reference loops and peer libraries"
 	@echo "make gpu-check measure, repeat, kill and compare on a GPU; writes benchmarks/GPU.md"
@@ -63,6 +64,11 @@ test: $(INSTALLED_PEERS)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+# The images are needed, but no training.
+figures: $(INSTALLED)
+	PROFILE=long DATASET=cifar10-jpeg $(BIN)/python -m helpers.notebooks
+	PROFILE=long DATASET=cifar10-jpeg $(BIN)/python report/build.py
 
 report: $(INSTALLED)
 	$(BIN)/python report/build.py

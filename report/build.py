@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -144,16 +145,24 @@ def check_one_dataset(set_folder: Path) -> None:
 
 
 def first_lines(set_folder: Path) -> list[str]:
-    """Return what the README says first: a sentence or two on maps, depth and others' claims."""
-    cam = json.loads((set_folder / "results" / "05_gradcam.json").read_text())
-    others = json.loads((set_folder / "results" / "claims.json").read_text())
+    """Return what the README says first of maps, depth, regularization and others' claims."""
+    names = ("03_regularization", "04_depth", "05_gradcam", "claims")
+    files = (set_folder / "results" / f"{name}.json" for name in names)
+    regularized, depth, cam, others = (json.loads(file.read_text()) for file in files)
     _, without_mark, with_mark, _ = cam["tables"]["shortcut"]["rows"][1]
+    (deeper,) = (c for c in depth["claims"] if c["claim"] == "Deeper is better")
+    gains = {name: gain["text"] for name, gain in regularized["differences"].items()}
     words = Counter(claim["verdict"] for claim in others)
     return [
         "- **Right for the wrong reason.** A network that was trained with a mark in a corner of "
         f"each image is right on {with_mark} % of marked test images, and on {without_mark} % of "
         "the same images without it. A test on images like its own can't tell; a map does.",
-        *(f"- **Depth, on {title}.** {said}" for title, said in deeper_is_better(set_folder)),
+        f"- **Depth.** On {depth['data']['title']}, “deeper is better”: {deeper['verdict']} "
+        f"({deeper['effect']}).",
+        f"- **Regularization.** On {regularized['data']['train_size']:,} images augmentation "
+        f"changes test accuracy by {gains['augmentation']} points, weight decay by "
+        f"{gains['weight decay']}, dropout by {gains['dropout']}, and early stopping, against the "
+        f"same constant rate without it, by {gains['early stopping']}.",
         f"- **What others claim.** {len({c['source'] for c in others})} claims of tutorials and "
         f"student projects in {len(others)} tests, each judged by an interval; on what networks "
         "can do, only where these have learnt their training images: "
@@ -168,15 +177,8 @@ def with_depth(set_folder: Path) -> dict[Path, dict[str, Any]]:
     return {f: json.loads(path.read_text()) for f, path in paths.items() if path.exists()}
 
 
-def deeper_is_better(set_folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the name of each set's data and what the set says of that claim."""
-    for depth in with_depth(set_folder).values():
-        (claim,) = (c for c in depth["claims"] if c["claim"] == "Deeper is better")
-        yield depth["data"]["title"], f"“Deeper is better”: {claim['verdict']} ({claim['effect']})."
-
-
 def results_section(set_folder: Path) -> str:
-    """Return the README's findings, figure and tables of results as Markdown."""
+    """Return the README's findings and their figure as Markdown."""
     lines = [
         *first_lines(set_folder),
         "",
@@ -184,8 +186,6 @@ def results_section(set_folder: Path) -> str:
         "at the object, that trained with it at the mark in the corner]"
         f"(analysis/{set_folder.name}/figures/05_shortcut.png)",
     ]
-    for depth in with_depth(set_folder).values():
-        lines += ["", *network_table(depth)]
     return "\n".join(lines)
 
 
@@ -206,7 +206,7 @@ def network_table(depth: dict[str, Any]) -> Iterator[str]:
         f"\n{about['title']}, profile {profile['name']}: {about['train_size']:,} training and "
         f"{about['test_size']:,} test images of {about['image_size']} pixels, networks at "
         f"{profile['width']:g} of their usual width, {profile['epochs']} epochs, {depth['seeds']} "
-        "seeds; mean and 95 % interval over seeds and test images."
+        "seeds; mean and 95 % interval over seeds and test images.\n"
     )
 
 
@@ -218,7 +218,10 @@ def published_sets() -> list[Path]:
 
 
 def profile_table() -> str:
-    """Return the README's table of profiles, with the measured run times of the published sets."""
+    """Return the README's table of profiles, with the measured times of the published sets.
+
+    Of a set that was trained bit by bit, these are the hours of all its runs, a core each.
+    """
     lines = [
         "| profile | default dataset | training images | pixels | width | epochs | seeds "
         "| measured |",
@@ -227,11 +230,17 @@ def profile_table() -> str:
     for profile in PROFILES.values():
         measured = []
         for folder in published_sets():
-            timed = folder / "results" / "run_times.json"  # of a set that is there in part, none
-            if folder.name.endswith(f"-{profile.name}") and timed.exists():
+            if not folder.name.endswith(f"-{profile.name}"):
+                continue
+            if (timed := folder / "results" / "run_times.json").exists():
                 times = json.loads(timed.read_text())
                 total = clock(sum(times.values()))
                 measured.append(f"{total} ({folder.name}, {len(times)} notebooks)")
+            else:
+                archives = map(zipfile.ZipFile, folder.glob("runs/*.zip"))
+                seconds = [json.loads(a.read("result.json"))["seconds"] for a in archives]
+                hours = f"{sum(seconds) / 3600:.0f} core-hours of training"
+                measured.append(f"{hours} ({folder.name}, {len(seconds)} runs)")
         size = "all" if profile.train_size is None else f"{profile.train_size:,}"
         lines.append(
             f"| {profile.name} | {profile.default_dataset} | {size} | "
@@ -243,7 +252,9 @@ def profile_table() -> str:
 
 def fill_readme(text: str, set_folder: Path) -> str:
     """Return the README with its generated tables replaced by those of a published set."""
+    networks = (line for depth in with_depth(set_folder).values() for line in network_table(depth))
     tables = {"results": results_section(set_folder), "profiles": profile_table()}
+    tables["networks"] = "\n".join(networks).rstrip()
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):

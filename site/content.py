@@ -99,7 +99,7 @@ def about(folder: Path) -> str:
 
 def page(notebook: str, folder: Path) -> str:
     """Return the name of the page that shows a notebook as it was run for a set."""
-    return notebook if folder == published_set() else f"{notebook}-{folder.name}"
+    return notebook if folder == published_set() else f"{folder.name}-{notebook}"
 
 
 def networks(folder: Path) -> str:
@@ -132,7 +132,7 @@ def notebooks_of(folder: Path) -> list[Path]:
 def notebook_pages() -> dict[str, str]:
     """Return each set's notebooks, with the code of set-up and of answers to exercises folded.
 
-    Those of all sets but the first have the set's name in theirs.
+    Those of all sets but the first have the set's name before theirs.
     """
     pages = {}
     names = "|".join(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -144,7 +144,7 @@ def notebook_pages() -> dict[str, str]:
         if path.parent != ROOT / "notebooks":
             head = re.sub(r"\*\*Run time\.\*\*.*", "", head)  # of the set in notebooks/
         if name != path.name:
-            of_set = name.removeprefix(f"{path.stem}-").removesuffix(".ipynb")
+            of_set = name.removesuffix(f"-{path.name}")
             head = re.sub(r"(?m)^# .*", rf"\g<0> on {of_set}", head, count=1)
         notebook["cells"][0]["source"] = head.splitlines(keepends=True)
         for cell in notebook["cells"]:
