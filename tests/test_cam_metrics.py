@@ -260,8 +260,7 @@ def test_rank_correlation():
     for index, value in enumerate(scores.values):
         expected = stats.spearmanr(first[index].flatten(), second[index].flatten()).statistic
         assert value == pytest.approx(expected)
-    one = metrics.rank_correlation(RANDOM, RANDOM**3).values
-    assert one == pytest.approx(1)
+    assert metrics.rank_correlation(RANDOM, RANDOM**3).values == pytest.approx(1)
     assert metrics.rank_correlation(RANDOM, 1 - RANDOM).values == pytest.approx(-1)
     noise = torch.rand(RANDOM.shape, generator=rng(5))
     assert metrics.rank_correlation(RANDOM, noise).interval().mean == pytest.approx(0, abs=0.02)
