@@ -29,7 +29,6 @@ from helpers.evaluation import Interval
 Picture = Tensor | np.ndarray
 Points = Mapping[str, Mapping[str, Mapping[float, Interval]]]  # {title: {line: {x: Interval}}}
 PALETTE = sns.color_palette("colorblind")
-MARKERS = "osD^vP<>X"
 LARGEST_FIGURE = 300_000  # bytes: figures are committed, so they stay small
 STEPS = (1, 2, 5, 10)  # between ticks, times a power of ten
 
@@ -77,8 +76,8 @@ def _styles(groups: Iterable[Iterable[str]]) -> dict[str, dict[str, Any]]:
     """Return colour and marker for each name, in the order of all; "control" is grey."""
     names = list(dict.fromkeys(name for group in groups for name in group))
     fixed = MAIN_NETWORKS if set(names) <= set(MAIN_NETWORKS) else names
-    places = {name: fixed.index(name) for name in names}
-    styles = {n: {"color": PALETTE[i % 10], "marker": MARKERS[i % 9]} for n, i in places.items()}
+    looks = [{"color": PALETTE[i % 10], "marker": "osD^vP<>X"[i % 9]} for i in range(len(fixed))]
+    styles = {name: looks[fixed.index(name)] for name in names}
     return styles | ({"control": {"color": "0.45", "marker": "s"}} if "control" in names else {})
 
 
@@ -187,7 +186,7 @@ def interval_curves(
         axes.set_xscale("log" if log_x else "linear")
         left, right = axes.get_xlim()
         by_factors = log_x and right > 10 * left  # in less there would be too few ticks
-        ticks = LogLocator(subs=STEPS[:3]) if by_factors else MaxNLocator(5, steps=STEPS)
+        ticks = LogLocator(subs=(1, 5)) if by_factors else MaxNLocator(5, steps=STEPS)
         axes.xaxis.set_major_locator(ticks)
         axes.xaxis.set_major_formatter("{x:,.10g}")
         axes.xaxis.set_minor_locator(NullLocator())
@@ -246,9 +245,9 @@ def curves(
             axes.plot(x, y, color=colour, lw=1.8, label=literal(name))
         if not log_x:
             whole = all((s.index % 1 == 0).all() for seeds in lines.values() for s in seeds)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
+            axes.xaxis.set_major_locator(MaxNLocator(6 if count < 3 else 4, integer=whole))
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return _finish(figure, values, xlabel, ylabel, share_y)
 
 
@@ -320,7 +319,7 @@ def enlarge(image: Picture, side: int = 128) -> np.ndarray:
 
 
 def overlay(image: Picture, heat: Picture, alpha: float = 0.5) -> np.ndarray:
-    """The map, enlarged, in viridis over a uint8 image; `alpha` is the share of the map."""
+    """The map, enlarged, in viridis, over a grey image of half its contrast; `alpha`: its share."""
     picture, heat = to_rgb(image), np.asarray(heat.cpu() if isinstance(heat, Tensor) else heat)
     within = heat.ndim == 2 and heat.min() >= 0 and heat.max() <= 1 and 0 <= alpha <= 1
     if not within or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
@@ -329,4 +328,5 @@ def overlay(image: Picture, heat: Picture, alpha: float = 0.5) -> np.ndarray:
     heat = cv2.resize(heat.astype(np.float32), picture.shape[1::-1])
     levels = np.rint(255 * heat).astype(np.uint8)
     colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
-    return cv2.addWeighted(colours, alpha, picture, 1 - alpha, 0)
+    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) // 2 + 64, cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(colours, alpha, grey, 1 - alpha, 0)
