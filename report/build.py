@@ -154,9 +154,10 @@ def first_lines(set_folder: Path) -> list[str]:
     gains = {name: gain["text"] for name, gain in regularized["differences"].items()}
     words = Counter(claim["verdict"] for claim in others)
     return [
-        "- **Right for the wrong reason.** A network that was trained with a mark in a corner of "
-        f"each image is right on {with_mark} % of marked test images, and on {without_mark} % of "
-        "the same images without it. A test on images like its own can't tell; a map does.",
+        "- **Right for the wrong reason.** A network that was trained on drawn images with a mark "
+        f"in a corner of each is right on {with_mark} % of marked test images, and on "
+        f"{without_mark} % of the same images without it. A test on images like its own can't "
+        "tell; a map does.",
         f"- **Depth.** On {depth['data']['title']}, “deeper is better”: {deeper['verdict']} "
         f"({deeper['effect']}).",
         f"- **Regularization.** On {regularized['data']['train_size']:,} images augmentation "
