@@ -209,8 +209,8 @@ def label_points(figure: Figure, values: Points) -> list[list[str]]:
         for i, (name, point) in enumerate(points.sort_values("y").iterrows()):
             look = {"fontsize": 8, "va": "center", "weight": "bold" if name in best.index else None}
             look["arrowprops"] = {"arrowstyle": "-", "color": "0.7", "lw": 0.6, "relpos": (0, 0.5)}
-            label, beside = literal(name).replace(", ", ",\n", 1), (1.06, i / (len(points) - 1))
-            axes.annotate(label, point, beside, textcoords="axes fraction", **look)
+            label, height = literal(name).replace(", ", ",\n", 1), i / max(1, len(points) - 1)
+            axes.annotate(label, point, (1.06, height), textcoords="axes fraction", **look)
         axes.plot(best["x"], best["y"], "--", color="0.4", lw=1, drawstyle="steps-post")
         frontiers.append(list(best.index))
     return frontiers

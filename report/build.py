@@ -221,7 +221,7 @@ def published_sets() -> list[Path]:
 def profile_table() -> str:
     """Return the README's table of profiles, with the measured times of the published sets.
 
-    Of a set that was trained bit by bit, these are the hours of all its runs, a core each.
+    Of a set whose runs are published, these are the hours of all of them, a core each.
     """
     lines = [
         "| profile | default dataset | training images | pixels | width | epochs | seeds "
@@ -233,15 +233,14 @@ def profile_table() -> str:
         for folder in published_sets():
             if not folder.name.endswith(f"-{profile.name}"):
                 continue
-            if (timed := folder / "results" / "run_times.json").exists():
-                times = json.loads(timed.read_text())
-                total = clock(sum(times.values()))
-                measured.append(f"{total} ({folder.name}, {len(times)} notebooks)")
-            else:
-                archives = map(zipfile.ZipFile, folder.glob("runs/*.zip"))
+            if archives := [*map(zipfile.ZipFile, folder.glob("runs/*.zip"))]:
                 seconds = [json.loads(a.read("result.json"))["seconds"] for a in archives]
                 hours = f"{sum(seconds) / 3600:.0f} core-hours of training"
                 measured.append(f"{hours} ({folder.name}, {len(seconds)} runs)")
+            elif (timed := folder / "results" / "run_times.json").exists():
+                times = json.loads(timed.read_text())
+                total = clock(sum(times.values()))
+                measured.append(f"{total} ({folder.name}, {len(times)} notebooks)")
         size = "all" if profile.train_size is None else f"{profile.train_size:,}"
         lines.append(
             f"| {profile.name} | {profile.default_dataset} | {size} | "

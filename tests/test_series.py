@@ -85,7 +85,7 @@ def test_only_what_has_changed_runs_again(
     text = "A = {}  # <!-- /run time -->".format  # as in the source of notebooks.py
     helper.write_text(text(1))
     path = write(folder / "01_first.ipynb", "print(1)")
-    figure = study.folder / "figures" / "01_figure.png"
+    figure, times = map(study.folder.joinpath, ("figures/01_figure.png", "results/run_times.json"))
 
     def runs(study: Study = study) -> bool:
         assert run_series([path], study)
@@ -95,7 +95,7 @@ def test_only_what_has_changed_runs_again(
     notebooks.publish([path], study)  # fills in outputs and run time
     assert "took" not in capsys.readouterr().out and not runs()
     changes = [lambda: helper.write_text(text(2)), lambda: write_atomically(figure, b"of it")]
-    for change in [*changes, figure.unlink, lambda: write(path, "print(2)")]:
+    for change in [*changes, figure.unlink, times.unlink, lambda: write(path, "print(2)")]:
         change()
         assert runs() and not runs()
     assert runs(replace(study, profile=replace(study.profile, epochs=3)))
