@@ -138,6 +138,8 @@ def dataset_slug(dataset: str) -> str:
 
 def is_path(dataset: str) -> bool:
     """Tell a folder of images (with a path separator or a tilde, or "." or "..") from a name."""
+    if re.match(r"[\w-]{2,}:", dataset):  # with classes, as fashion-mnist:Bag,T-shirt/top
+        return False
     return any(mark in dataset for mark in ("/", os.sep, "~")) or dataset in (".", "..")
 
 

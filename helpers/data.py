@@ -145,15 +145,16 @@ def fingerprint(*arrays: np.ndarray) -> str:
 
 def cached(path: Path, make: Callable[[], Arrays], save: Callable[..., None] = np.savez) -> Arrays:
     """Return the arrays of an npz file; if it's missing or damaged, they are made and stored."""
+    with contextlib.suppress(OSError):  # what a process left that was killed while writing
+        for left in path.parent.glob(".*.tmp"):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     # The file has a checksum for each array; numpy raises nearly anything when it is damaged.
     with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as stored:
         return dict(stored)
     arrays, content = make(), io.BytesIO()
     save(content, **arrays)
     with contextlib.suppress(OSError):  # a full or read-only disk costs time, nothing else
-        for left in path.parent.glob(".*.tmp"):  # by a process that was killed while writing
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
         write_atomically(path, content.getbuffer())
     return arrays
 
@@ -283,8 +284,8 @@ def of_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
 
 def check_dataset(name: str) -> ImageFolder | None:
     """Return a folder's listing, None for a known name; else raise what `load_dataset` would."""
-    base, _, only = name.partition(":")
-    if base in DATASETS and not (only and base in DRAWN_SETS):
+    base, colon, _ = name.partition(":")
+    if base in DATASETS and not (colon and base in DRAWN_SETS):
         return None
     if not is_path(name) or "\0" in name:
         raise ValueError(

@@ -207,6 +207,8 @@ def _spread(tables: Sequence[np.ndarray], in_common: bool) -> tuple[float, int]:
 
     With `in_common` it is that of what is a network's own, beside what all of a seed share.
     """
+    if in_common:  # of the seeds that all have
+        tables = [table[: min(map(len, tables))] for table in tables]
     own = [table.mean(1) - table.mean() for table in tables]
     freedom = sum(len(means) - 1 for means in own)
     if in_common and own:
@@ -232,7 +234,7 @@ class Verdict:
     word: str
     effects: Mapping[str, Interval]
     unit: str
-    trained_out: bool
+    trained_out: bool | None
     source: str
 
     @property
@@ -256,7 +258,7 @@ def verdict(
     effect: Interval | Mapping[str, Interval],
     *,
     smallest: float = SMALLEST_DIFFERENCE,
-    trained_out: bool = True,
+    trained_out: bool | None = None,
     unit: str = "points",
     source: str = "",
 ) -> Verdict:
@@ -265,11 +267,12 @@ def verdict(
     It holds if the whole interval reaches at least `smallest`, the smallest effect of interest; it
     does not hold if all lies below; else it is not decided. Of several effects all have to hold,
     and one that doesn't decides. Networks that weren't `trained_out` decide nothing about
-    capacity: the budget was too small. `unit` "points" writes percentages, others plain numbers.
+    capacity: the budget was too small (None: that doesn't matter). `unit` "points" writes
+    percentages, others plain numbers.
     """
     effects = {"": effect} if isinstance(effect, Interval) else effect
     word = "not decided"
-    if not trained_out:
+    if trained_out is False:
         word = "budget too small"
     elif all(e.low >= smallest for e in effects.values()):
         word = "holds"

@@ -126,7 +126,7 @@ def cost(run: Run) -> float:
     An image costs 4 million more: on two cores SimpleCNN (0.8 million multiply-adds) trains on
     8,000 images/s, ResNet-18 (35 million) on 1,000.
     """
-    size = run.image_size or 32
+    size = run.image_size or (64 if run.stem == "imagenet" else 32)
     with torch.device("meta"):
         model = run.build(10, size)
     return (multiply_adds(model, size) + 4e6) * (run.train_size or 50_000) * run.epochs

@@ -75,6 +75,7 @@ def list_folder(name: str) -> ImageFolder:
         raise FileNotFoundError(
             f"{root} has no folder train; expected train/<class>/* and optionally test/<class>/*"
         )
+    _listed(root, lambda path: path.name in ("train", "test") or not path.is_dir())
     parts = [part for part in ("train", "test") if (root / part).is_dir()]
     folders = [folder for part in parts for folder in _listed(root / part, Path.is_dir)]
     classes = tuple(sorted({folder.name for folder in folders}))

@@ -53,10 +53,10 @@ def set_up(keep_runs_on_drive: bool = False) -> None:
     """
     if "google.colab" not in sys.modules:
         return
-    there = {re.sub("[-_.]+", "-", d.name.lower()) for d in metadata.distributions()}
     needed = REQUIREMENTS.read_text().split("# --- only for make")[0].splitlines()
     lines = [line.split("#")[0].strip() for line in needed]
-    missing = [line for line in lines if line and re.split("[<>=]", line)[0] not in there]
+    known = metadata.distributions
+    missing = [line for line in lines if line and not [*known(name=re.split("[<>=]", line)[0])]]
     if missing:
         print(f"installing {', '.join(missing)}")
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
@@ -64,7 +64,7 @@ def set_up(keep_runs_on_drive: bool = False) -> None:
         from google.colab import drive
 
         drive.mount(str(DRIVE))
-        here = Path(os.environ.setdefault("RUNS_DIR", str(ROOT / "runs")))
+        here = Path(os.path.expanduser(os.environ.get("RUNS_DIR") or ROOT / "runs"))
         keep_runs(here, DRIVE / "MyDrive" / "resnet-study" / "runs")
 
 
@@ -225,8 +225,14 @@ def clock(seconds: float) -> str:
 
 
 def publish(paths: Sequence[Path], study: Study) -> None:
-    """Replace notebooks/ by the executed notebooks of this study, run times filled in."""
+    """Replace notebooks/ by the executed notebooks of this study, run times filled in.
+
+    Raises ValueError for one that was changed while it ran.
+    """
     for path in paths:
+        now, ran = (nbformat.read(p, as_version=4).cells for p in (path, executed(path, study)))
+        if [RUN_TIME.sub("", c.source) for c in now] != [RUN_TIME.sub("", c.source) for c in ran]:
+            raise ValueError(f"{path} was changed while it ran, and is left as it is: run it again")
         took = f"{clock(run_times(study)[path.stem])} in the {study.profile.name} profile"
         text = RUN_TIME.sub(took, executed(path, study).read_text())
         write_atomically(path, text.encode())

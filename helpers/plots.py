@@ -25,6 +25,7 @@ from torch import Tensor
 from helpers import evaluation
 from helpers.config import Study
 from helpers.evaluation import Interval
+from helpers.models import MODELS
 
 Picture = Tensor | np.ndarray
 Points = Mapping[str, Mapping[str, Mapping[float, Interval]]]  # {title: {line: {x: Interval}}}
@@ -33,9 +34,7 @@ LARGEST_FIGURE = 300_000  # bytes: figures are committed, so they stay small
 STEPS = (1, 2, 5, 10)  # between ticks, times a power of ten
 
 # How the networks are called, and those that keep their colour in every figure.
-MODEL_TITLES = {"simple_cnn": "SimpleCNN"} | {
-    f"resnet{depth}": f"ResNet-{depth}" for depth in (18, 20, 32, 34, 44, 50, 56, 101, 110, 152)
-}
+MODEL_TITLES = {n: n.replace("resnet", "ResNet-") for n in MODELS} | {"simple_cnn": "SimpleCNN"}
 MAIN_NETWORKS = ["SimpleCNN", *(f"ResNet-{depth}" for depth in (18, 34, 50, 101, 152))]
 
 
@@ -138,7 +137,7 @@ def intervals(
                 look = {"ls": "", "capsize": 2.5, "label": literal(group), **styles[group]}
                 axes.errorbar(mean, y, xerr=reach, **look)
                 if count == len(styles) == 1:
-                    text = evaluation.percent(value.mean) if percent else f"{value.mean:.3g}"
+                    text = evaluation.percent(value.mean) if percent else f"{value.mean:.2f}"
                     axes.annotate(text, (mean[0], y - 0.12), ha="center", va="bottom", fontsize=8)
         if reference is not None:
             axes.axvline(
@@ -247,7 +246,7 @@ def curves(
             whole = all((s.index % 1 == 0).all() for seeds in lines.values() for s in seeds)
             axes.xaxis.set_major_locator(MaxNLocator(6 if count < 3 else 4, integer=whole))
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     return _finish(figure, values, xlabel, ylabel, share_y)
 
 
@@ -260,7 +259,7 @@ def matrix(tables: Mapping[str, pd.DataFrame], *, xlabel: str, ylabel: str) -> F
     figure, axes_list = panels(len(tables), 2, *size)
     low, high = (f([f(table) for table in tables.values()]) for f in (np.min, np.max))
     look = {"cmap": "mako_r", "vmin": low, "vmax": high, "cbar": False, "fmt": ""}
-    look |= {"annot_kws": {"fontsize": 7.5}, "xticklabels": few, "yticklabels": few}
+    look |= {"annot_kws": {"fontsize": 8.5}, "xticklabels": few, "yticklabels": few}
     for axes, table in zip(axes_list, tables.values(), strict=True):
         numbers = table.map(lambda x: f"{x:.{digits}f}" if x > 0 else "")
         named = table.rename(index=literal, columns=literal)

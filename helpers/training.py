@@ -287,16 +287,6 @@ def train_epoch(
     return float(loss_sum) / len(loader), float(correct) / (len(loader) * loader.batch_size)
 
 
-def check_finite(loss: float, what: str, epoch: int, rate: float, recipe: Recipe) -> None:
-    """Raise TrainingDiverged for a loss that is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise TrainingDiverged(
-            f"the {what} loss stopped being finite in epoch {epoch + 1}, which ended at learning "
-            f"rate {rate:.3g}. Lower the learning rate (recipe {recipe.name!r}: "
-            f"{recipe.learning_rate:.3g}), or check the data for wrong values."
-        )
-
-
 def train_and_validate(
     state: State, forward: Forward, loader: Loader, dataset: Dataset, recipe: Recipe, epochs: int
 ) -> EpochRecord:
@@ -309,8 +299,13 @@ def train_and_validate(
     loss = float(F.cross_entropy(logits, split.labels))
     accuracy = float((logits.argmax(1) == split.labels).double().mean())
     rate = learning_rate_at(recipe, (epoch + 1) * len(loader) - 1, steps)
-    check_finite(train_loss, "training", epoch, rate, recipe)
-    check_finite(loss, "validation", epoch, rate, recipe)
+    for what, value in (("training", train_loss), ("validation", loss)):
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"the {what} loss stopped being finite in epoch {epoch + 1}, which ended at "
+                f"learning rate {rate:.3g}. Lower the learning rate (recipe {recipe.name!r}: "
+                f"{recipe.learning_rate:.3g}), or check the data for wrong values."
+            )
     if loss < min((record.validation_loss for record in state.history), default=math.inf):
         state.best_epoch = epoch + 1
     state.history.append(

@@ -70,11 +70,12 @@ def findings() -> dict[str, str]:
     cam = results("05_gradcam")
     others = [
         f"- “{c['source']}”: **{c['verdict']}.** {c['claim']}: {with_minus(c['effect'])}. "
-        f"({c['seeds']} seeds, {link(c['notebook'])})"
+        f"({c['seeds']} seed{'s' * (c['seeds'] > 1)}, {link(c['notebook'])})"
         for c in results("claims")
     ]
     figure = Path("..") / published_set().relative_to(ROOT) / "figures" / "05_shortcut.png"
     return {
+        "main": main_findings(),
         "networks": "\n\n".join(map(networks, published_sets())),
         "others": "\n".join(others),
         "shortcut": table(**cam["tables"]["shortcut"]),
@@ -83,6 +84,32 @@ def findings() -> dict[str, str]:
         f"corner]({figure.as_posix()})",
         "verdicts": "\n\n".join(part for folder in published_sets() for part in verdicts(folder)),
     }
+
+
+def main_findings() -> str:
+    """Return the README's findings and three more as a list in Markdown."""
+    marked = re.search("<!-- results -->(.*?)!\\[", (ROOT / "README.md").read_text(), re.DOTALL)
+    recipes, transfer, pruning = (
+        {row[0]: row[1:] for row in results(name)["tables"][of]["rows"]}
+        for name, of in (
+            ("07_training_recipes", "against_own"),
+            ("08_transfer", "accuracy"),
+            ("09_pruning", "differences"),
+        )
+    )
+    columns = results("08_transfer")["tables"]["accuracy"]["columns"][1:]
+    fewest = next(iter(transfer))
+    reached = dict(zip(columns, transfer[fewest], strict=True))
+    more = (
+        f"- **Recipe.** Adam without augmentation is at {recipes['adam'][0]} points against the "
+        f"study's own recipe, on equal epochs ({link('07_training_recipes')}).\n"
+        f"- **Transfer.** Trained on {fewest} images, a network from scratch is right on "
+        f"{reached['from scratch']} % of new ones, one that is fine-tuned from other classes on "
+        f"{reached['fine-tuning all']} % ({link('08_transfer')}).\n"
+        f"- **Pruning.** Nine tenths of the weights at zero and fine-tuned change accuracy by "
+        f"{pruning['weights 90 %'][1]} points ({link('09_pruning')})."
+    )
+    return f"{marked[1].strip()}\n{with_minus(more)}"
 
 
 def about(folder: Path) -> str:

@@ -178,6 +178,7 @@ def test_a_cpu_takes_as_many_images_at_once_as_its_cache_holds() -> None:
     ("dataset", "path", "slug"),
     [
         ("cifar10", False, "cifar10"),
+        ("fashion-mnist:Bag,T-shirt/top", False, "fashion-mnist-bag-t-shirt-top"),
         ("/data/My Photos (ä)/", True, "my-photos"),
         ("./写真", True, "folder"),
         (".", True, "birds"),

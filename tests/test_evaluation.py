@@ -273,12 +273,14 @@ def test_the_variance_of_seeds_is_pooled_and_students() -> None:
 
 def test_seeds_that_only_one_has_count_for_the_variance() -> None:
     values = {"a": np.array([0.5, 0.7]), "b": np.array([0.2, 0.2, 0.8])}
-    found = seeds_intervals(values, {"a - b": {"a": 1, "b": -1}}, apart="b")["a - b"]
+    gain = {"a - b": {"a": 1, "b": -1}}
+    found = seeds_intervals(values, gain, apart="b")["a - b"]
     by_seed = {1: 0.02 / 2, 2: 0.12 / 2}  # by degrees of freedom; two seeds are compared
     variance = sum(by_seed.values())
     freedom = variance**2 / sum(part**2 / n for n, part in by_seed.items())
     half = stats.t.ppf(0.975, freedom) * math.sqrt(variance)
     assert found == Interval(*map(pytest.approx, (0.4, 0.4 - half, 0.4 + half)), 2)
+    assert seeds_intervals(values, gain) == seeds_intervals(values | {"b": [0.2, 0.2]}, gain)
 
 
 def test_a_single_seed_has_the_interval_of_its_images() -> None:

@@ -24,9 +24,7 @@ def dataset() -> Dataset:
 
 @pytest.fixture
 def network() -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build_model("resnet18", num_classes=10, width=0.125).eval()
+    return build_model("resnet18", num_classes=10, width=0.125).eval()
 
 
 def test_headless_shows_a_picture(network, dataset, study: Study) -> None:

@@ -157,6 +157,7 @@ BAD_FOLDERS = {
     "size": (lambda f: resized(f / "train/dog/03.png"), "dog/03.png is 13x9, most .* are 12x12"),
     "text": (lambda f: (f / "test/cat/notes.txt").write_text("no"), "notes.txt can't be read"),
     "no class": (lambda f: resized(f / "train/a.png"), "train/a.png would be left out; .* Move it"),
+    "val": (lambda f: shutil.copytree(f / "test", f / "val"), "pets/val would be left out"),
     "nested": (lambda f: (f / "test/cat/more").mkdir(), "test/cat/more would be left out"),
     "pipe": (lambda f: os.mkfifo(f / "train/cat/pipe.png"), "cat/pipe.png would be left out"),
     "loop": (lambda f: (f / "train/cow").symlink_to("cow"), "train/cow would be left out"),

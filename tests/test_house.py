@@ -21,13 +21,8 @@ FLOORS = {
     8: "explorer notebooks",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
-OPTIONAL = {
-    "ray",
-    "google",
-    "ipywidgets",
-    "IPython",
-    "torch_pruning",
-}  # which an installation may lack
+# Which an installation may lack.
+OPTIONAL = {"ray", "google", "ipywidgets", "IPython", "torch_pruning"}
 MODULES = {path.stem: path for path in sorted((ROOT / "helpers").glob("[!_]*.py"))}
 # Lines in all. They may only fall: 4,000 for helpers is where they are to go.
 LIMITS = {"helpers": 4678, "benchmarks": 900, "tests": 6570}

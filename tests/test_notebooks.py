@@ -168,7 +168,7 @@ def test_on_colab_a_kernel_gets_what_notebooks_and_helpers_import() -> None:
 
 
 def test_readme_names_every_notebook_and_make_target() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "GUIDE.md"))
     for path in PATHS:
         assert path.stem in text
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

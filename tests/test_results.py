@@ -91,7 +91,7 @@ def test_a_result_file_holds_what_is_shown_as_text(study: Study, small_shapes: D
     text = "**Holds.** A is better: +50.0 points [+40.0, +60.0]."
     expected = {"claim": "A is better", "verdict": "holds", "text": text, "source": "A wins"}
     expected |= {"effect": "+50.0 points [+40.0, +60.0]", "effects": {"": asdict(interval)}}
-    expected |= {"word": "holds", "unit": "points", "trained_out": True, "seeds": 2}
+    expected |= {"word": "holds", "unit": "points", "trained_out": None, "seeds": 2}
     assert found["claims"] == [expected]
     assert found["table"] == {"columns": ["network", "accuracy", "n"], "rows": [["a", "50.0", "2"]]}
     assert (found["counts"], found["share"]) == ([0, 1], 0.5)

@@ -157,6 +157,9 @@ def test_publishing_fills_in_the_run_time(folder: Path, study: Study, capsys: Ca
     assert published.cells[1].outputs[0].text == "done\n"
     notebooks.publish([path], study)  # again, over what is there
     assert nbformat.read(path, as_version=4) == published
+    write(path, "print('edited while it ran')")
+    with pytest.raises(ValueError, match="01_first.ipynb was changed while it ran"):
+        notebooks.publish([path], study)
     assert json.loads(times.read_text()) == {"01_first": 187.0, "09_other": 3.0}
     assert other.read_bytes() == before
     assert str(study.runs_dir) in capsys.readouterr().out  # where everything is
