@@ -1,10 +1,9 @@
 """How well placed, how faithful and how steady class activation maps are.
 
 Maps are tensors N x H x W, non-negative, at image size; masks are bool tensors of that shape;
-images are N x 3 x H x W, normalised as the model wants them. Every metric returns `Scores`: an
-all-zero map points nowhere and an empty mask can't be hit, so both are left out of the mean and
-counted. A method says something only where it beats the random, centred, edge and uniform maps
-that `compare` adds as controls.
+images are N x 3 x H x W, normalised as the model wants them. Every metric returns `Scores`; an
+all-zero map points nowhere and an empty mask can't be hit, so both are left out. A method says
+something only where it beats the random, centred, edge and uniform maps that `compare` adds.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy import sparse, stats
 from scipy.sparse.linalg import splu
@@ -23,7 +21,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from helpers.config import images_at_once
-from helpers.evaluation import Interval, bootstrap_interval
+from helpers.evaluation import Interval, seeds_interval
 from helpers.models import undisturbed
 
 BATCH = 256  # images in one forward pass at most
@@ -33,16 +31,16 @@ ROAD_SHARES, ROAD_NOISE = (0.1, 0.3, 0.5, 0.7, 0.9), 0.01  # of the pixels; stan
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One value for each image (float64, NaN where there is none) and what was left out."""
+    """One value for each image, or networks x images (float64, NaN where there is none)."""
 
     values: np.ndarray
-    all_zero: int = 0
-    empty_mask: int = 0
+    all_zero: int = 0  # maps
 
     def interval(self) -> Interval:
-        """Mean of the scored images with its bootstrap interval; of none, the widest there is."""
-        scored = self.values[~np.isnan(self.values)]
-        return bootstrap_interval(scored) if len(scored) else Interval(0.0, -1.0, 1.0, 0)
+        """Mean of the images that all networks score, see `seeds_interval`; of none, the widest."""
+        values = np.atleast_2d(self.values)
+        scored = values[:, ~np.isnan(values).any(0)]
+        return seeds_interval(scored) if scored.size else Interval(0.0, -1.0, 1.0, 0)
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Scores:
@@ -277,22 +275,20 @@ def compare(
     images: Tensor,
     *,
     layer_size: tuple[int, int] | None = None,
-) -> pd.DataFrame:
-    """The table of metrics for each method's maps and for the controls.
+) -> dict[str, dict[str, Scores]]:
+    """Return the scores of each method's maps and of the controls, by metric and method.
 
-    `measure` turns maps into scores by the metric's name. The columns: method, control (bool),
-    metric, mean (NaN where nothing could be scored) and scores, of single images: two methods are
-    compared in pairs by `Scores(a.values - b.values).interval()`.
+    `measure` turns maps into scores by the metric's name. Two methods are compared in pairs by
+    `Scores(a.values - b.values).interval()`.
     """
     controls = control_maps(images, layer_size=layer_size)
     if clash := controls.keys() & maps.keys():
         raise ValueError(f"methods named like controls: {', '.join(sorted(clash))}; rename them.")
-    rows = [
-        (method, method in controls, metric, pd.Series(scores.values).mean(), scores)
-        for method, tensor in {**maps, **controls}.items()
-        for metric, scores in measure(tensor).items()
-    ]
-    return pd.DataFrame(rows, columns=["method", "control", "metric", "mean", "scores"])
+    found: dict[str, dict[str, Scores]] = {}
+    for method, tensor in {**maps, **controls}.items():
+        for metric, scores in measure(tensor).items():
+            found.setdefault(metric, {})[method] = scores
+    return found
 
 
 def _check(maps: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -311,8 +307,8 @@ def _check(maps: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _scores(values: Tensor, maps: Tensor, masks: Tensor | None = None) -> Scores:
-    """Scores without those of all-zero maps and empty masks, which are counted."""
+    """Scores without those of all-zero maps, which are counted, and of empty masks."""
     zero = maps.flatten(1).amax(1) == 0
-    empty = torch.zeros_like(zero) if masks is None else ~masks.flatten(1).any(1)
-    values = torch.where((zero | empty).to(values.device), torch.nan, values.double())
-    return Scores(values.cpu().numpy(), int(zero.sum()), int(empty.sum()))
+    unscored = zero if masks is None else zero | ~masks.flatten(1).any(1)
+    values = torch.where(unscored.to(values.device), torch.nan, values.double())
+    return Scores(values.cpu().numpy(), int(zero.sum()))

@@ -97,7 +97,7 @@ class Profile:
 _ALL = (
     Profile("smoke", 120, 40, 60, 16, 0.125, 2, "fast", 20, (0, 1), "shapes"),
     Profile("quick", 6000, 500, 1000, 20, 0.25, 6, "quick", 32, (0, 1), "shapes"),
-    Profile("long", None, None, None, 32, 0.25, 24, "long", 128, (0, 1), "cifar10-jpeg"),
+    Profile("long", None, None, None, 32, 0.25, 24, "long", 128, (0, 1, 2), "cifar10-jpeg"),
     Profile("full", None, None, None, None, 1.0, 60, "fast", 512, (0, 1, 2), "cifar10"),
 )
 PROFILES = {profile.name: profile for profile in _ALL}

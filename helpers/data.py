@@ -350,5 +350,6 @@ def study_data(study: Study, dataset: str | None = None, **sizes: int | None) ->
     if name not in DRAWN_SETS:  # of which there are as many as are wanted
         whole = load_dataset(name, image_size=wanted["image_size"], data_dir=study.data_dir)
         for split in SPLITS:
-            wanted[f"{split}_size"] = len(getattr(whole, split).first(wanted[f"{split}_size"]))
+            most, size = len(getattr(whole, split)), wanted[f"{split}_size"]
+            wanted[f"{split}_size"] = most if size is None else min(size, most)
     return load_dataset(name, data_dir=study.data_dir, **wanted)

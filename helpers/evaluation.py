@@ -28,7 +28,7 @@ from helpers.loader import normalise, send
 from helpers.models import undisturbed
 
 BATCH = 500  # images in one forward pass at most
-LEVEL, RESAMPLES = 0.95, 2000  # of intervals
+LEVEL = 0.95  # of intervals
 SMALLEST_DIFFERENCE = 0.005  # half a point of accuracy: what is smaller isn't of interest
 
 
@@ -143,14 +143,6 @@ def percent(share: float, sign: str = "") -> str:
     """
     rounded = Decimal(repr(round(100 * float(share), 9))).quantize(Decimal("0.1"), ROUND_HALF_UP)
     return f"{rounded + 0:{sign}}"  # adding 0 makes -0.0 0.0
-
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Return the mean of many values with its percentile bootstrap interval (Efron, 1979)."""
-    generator = np.random.default_rng(seed)
-    means = [generator.choice(values, len(values)).mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(np.mean(values)), float(low), float(high), len(values))
 
 
 def seeds_intervals(

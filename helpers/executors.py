@@ -32,9 +32,14 @@ Settings = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
 
 
 def train_variants(
-    study: Study, dataset: Dataset, variants: Mapping[Any, Settings], *, title: str = "variants"
+    study: Study,
+    dataset: Dataset,
+    variants: Mapping[Any, Settings],
+    *,
+    title: str = "variants",
+    seeds: Sequence[int] | None = None,
 ) -> dict[Any, list[Result]]:
-    """Load or train a study's variants, each once a seed; return their Results by name.
+    """Load or train variants once for each of `seeds` (else the profile's); Results by name.
 
     `variants` maps a name to arguments of `make_run`, "model" (else resnet18) and "data" (else
     `dataset`) among them, or to a function that returns these for a seed.
@@ -45,7 +50,8 @@ def train_variants(
         fields = {"model": "resnet18", "data": dataset, **own}
         return make_run(study, fields.pop("data"), fields.pop("model"), seed=seed, **fields)
 
-    runs = {name: [run(v, seed) for seed in study.profile.seeds] for name, v in variants.items()}
+    seeds = study.profile.seeds if seeds is None else seeds
+    runs = {name: [run(given, seed) for seed in seeds] for name, given in variants.items()}
     results = train_all([r for variant in runs.values() for r in variant], study, title=title)
     return {name: [results[r] for r in variant] for name, variant in runs.items()}
 

@@ -75,10 +75,7 @@ def keep_runs(here: Path, there: Path, seconds: float = 60.0) -> None:
 
     def watch() -> None:
         while True:
-            try:
-                copy_finished(here, there)
-            except OSError as error:  # Drive is full, or gone for a while
-                warnings.warn(f"can't copy runs ({error}): trying again", stacklevel=1)
+            copy_finished(here, there)
             time.sleep(seconds)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -90,9 +87,12 @@ def copy_finished(source: Path, target: Path) -> None:
         run = target / result.parent.name
         if not (run / "result.json").exists():
             shutil.rmtree(unfinished := run.with_name(f".{run.name}"), ignore_errors=True)
-            shutil.copytree(result.parent, unfinished)
-            shutil.rmtree(run, ignore_errors=True)
-            unfinished.rename(run)
+            try:
+                shutil.copytree(result.parent, unfinished)
+                shutil.rmtree(run, ignore_errors=True)
+                unfinished.rename(run)
+            except OSError as error:  # the target is full, or gone for a while
+                warnings.warn(f"can't copy run {run.name} ({error})", stacklevel=1)
 
 
 def find_notebooks(names: Sequence[str] = ("",)) -> list[Path]:

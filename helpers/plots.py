@@ -30,7 +30,6 @@ from helpers.models import MODELS
 Picture = Tensor | np.ndarray
 Points = Mapping[str, Mapping[str, Mapping[float, Interval]]]  # {title: {line: {x: Interval}}}
 PALETTE = sns.color_palette("colorblind")
-LARGEST_FIGURE = 300_000  # bytes: figures are committed, so they stay small
 STEPS = (1, 2, 5, 10)  # between ticks, times a power of ten
 
 # How the networks are called, and those that keep their colour in every figure.
@@ -45,13 +44,14 @@ def use_style() -> None:
 
 
 def save_figure(figure: Figure, study: Study, name: str) -> Path:
-    """Write a figure as PNG into the study's set, in lower resolution if it is large."""
+    """Write a figure into the study's set: as PNG, and as SVG for the report, in its typeface."""
     path = study.folder / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for dpi in (110, 93, 79, 67, 57, 48, 41):
-        figure.savefig(path, dpi=dpi, bbox_inches="tight", metadata={"Software": None})
-        if path.stat().st_size <= LARGEST_FIGURE:
-            break
+    figure.savefig(path, dpi=90, bbox_inches="tight", metadata={"Software": None})
+    # Typst has the first font; the second, which is like it, tells how much room text needs.
+    look = {"font.sans-serif": ["Libertinus Serif", "STIXGeneral"], "svg.fonttype": "none"}
+    with plt.rc_context(look | {"svg.hashsalt": name}):
+        figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
     return path
 
 
@@ -315,6 +315,11 @@ def to_rgb(image: Picture) -> np.ndarray:
 def enlarge(image: Picture, side: int = 128) -> np.ndarray:
     """Enlarge a uint8 image to `side` pixels without smoothing, so that overlays look crisp."""
     return cv2.resize(to_rgb(image).copy(), (side, side), interpolation=cv2.INTER_NEAREST)
+
+
+def overlays(pictures: Iterable[Picture], maps: Iterable[Picture]) -> list[np.ndarray]:
+    """Return images, enlarged, each with its map over it."""
+    return [overlay(enlarge(picture), heat) for picture, heat in zip(pictures, maps, strict=True)]
 
 
 def overlay(image: Picture, heat: Picture, alpha: float = 0.5) -> np.ndarray:

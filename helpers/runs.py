@@ -310,8 +310,8 @@ def publish(result: Result, path: Path) -> None:
     """Write a finished run as one small file: history, metrics, and predictions in float16.
 
     With it go, in float16, the weights of networks trained as the profile says on the study's data
-    (two seeds) or pruned (one): more would fill a repository. From each image's logits their
-    largest is subtracted, so that rounding changes hardly a prediction.
+    (three seeds of ResNet-18, one of others) or pruned (one): more would fill a repository. From
+    each image's logits their largest is subtracted, so that rounding changes hardly a prediction.
     """
     run, profile = result.run, result.study.profile
     recipe = replace(RECIPES[profile.recipe], batch_size=run.recipe.batch_size)
@@ -325,7 +325,7 @@ def publish(result: Result, path: Path) -> None:
         arrays[f"{split}_labels"] = labels.to(torch.int16).numpy()
     files["predictions.npz"] = _compressed(arrays)
     as_is, pruned = replace(run, **own) == run, isinstance(run.start, Pruning)
-    if run.seed in profile.seeds[: 2 if as_is else int(pruned)]:
+    if run.seed < (3 if as_is and run.model == "resnet18" else as_is or pruned):
         files["model.safetensors"] = finetuning.weights_file(result.load_model().half())
     summary, packed = json.loads((result.folder / "result.json").read_bytes()), io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -259,6 +259,7 @@ def fill_readme(text: str, set_folder: Path) -> str:
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"README.md lacks the marks <!-- {name} --> ... <!-- /{name} -->")
+        table = re.sub(r"(?<=[ \[(])-(?=\d)", "\N{MINUS SIGN}", table)
         text = pattern.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
     return text
 

@@ -193,6 +193,8 @@ def test_a_study_gets_its_profiles_sizes_capped_by_what_exists(
     folder = replace(study, dataset=str(image_folder()))
     assert [len(split) for split in parts(study_data(folder))] == [18, 2, 4]
     assert len(study_data(folder, test_size=None).test) == 4
+    with pytest.raises(ValueError, match="train_size is -5"):
+        study_data(folder, train_size=-5)
 
 
 @pytest.mark.parametrize("name", ["digits", "shapes", "folder"])

@@ -15,7 +15,6 @@ from helpers.corruptions import CORRUPTIONS, corrupt, corrupt_all
 from helpers.data import Split
 from helpers.evaluation import (
     Interval,
-    bootstrap_interval,
     expected_calibration_error,
     fit_temperature,
     gradient_norms,
@@ -199,15 +198,12 @@ def test_robustness_is_accuracy_on_corrupted_images(split: Split) -> None:
 # --- Intervals ---------------------------------------------------------------------------------
 
 
-def test_bootstrap_agrees_with_the_normal_interval_and_is_seeded() -> None:
+def test_the_interval_of_one_network_is_students_over_images() -> None:
     values = np.random.default_rng(1).normal(3, 2, 400)
-    found = bootstrap_interval(values, seed=5)
-    half = 1.96 * values.std() / 20
-    assert (found.mean, found.n) == (pytest.approx(values.mean()), 400)
-    assert found.low == pytest.approx(values.mean() - half, abs=0.03)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.03)
-    assert bootstrap_interval(values.tolist(), seed=5) == found
-    assert bootstrap_interval(values, seed=6) != found
+    found = seeds_interval(values[None])
+    half = stats.t.ppf(0.975, 399) * values.std(ddof=1) / 20
+    assert (found.mean, found.n) == (pytest.approx(values.mean()), 1)
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half))
 
 
 def right_or_wrong(generator: np.random.Generator, seeds: int, *shifts: float) -> np.ndarray:

@@ -76,8 +76,8 @@ def test_the_readme_s_python_runs(tmp_path: Path) -> None:
 
 
 def test_a_missing_number_or_figure_is_an_error(copied_set: Path) -> None:
-    (copied_set / "figures" / "04_cost.png").unlink()
-    with pytest.raises(ValueError, match="04_cost.png"):
+    (copied_set / "figures" / "04_cost.svg").unlink()
+    with pytest.raises(ValueError, match="04_cost.svg"):
         report_build.build(copied_set)
     with changed(copied_set, "04_depth") as values:
         del values["tables"]["accuracy"]
