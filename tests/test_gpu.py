@@ -80,6 +80,10 @@ def waits(monkeypatch: Patch) -> Iterator[Waits]:
     monkeypatch.setattr(loader.F, "one_hot", lambda labels: labels.new_zeros(len(labels), 10))
     monkeypatch.setattr(loader, "trivial_augment", lambda images, seeds: images.cpu())
     with FakeTensorMode(allow_non_fake_inputs=True), found:
+        try:
+            torch.zeros(2, device=CUDA)[:1]
+        except RuntimeError:
+            pytest.skip("this torch wants a driver even for fake tensors")
         yield found
 
 
@@ -125,6 +129,7 @@ def test_training_waits_for_the_gpu_once_an_epoch(
     counts = []
     for count in (2, 4):
         made = training.make_optimizer(model, recipe)
+        assert made.defaults["fused"]
         if optimizer == "sgd":  # else a first step that the scaler leaves out leaves it unwritten
             assert all("momentum_buffer" in made.state[p] for p in model.parameters())
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
@@ -239,7 +244,7 @@ def test_one_graph_a_structure_batch_and_image_size(graphs: Graphs, small_shapes
     cropped = replace(small_shapes, train=Split(train.images[..., :12, :12], train.labels))
     every = [(small_shapes, 16, 0.0), (small_shapes, 20, 0.0), (cropped, 20, 0.0)]
     every += [(small_shapes, 20, dropout) for dropout in (0.1, 0.2, 0.3)]
-    with torch._dynamo.config.patch(recompile_limit=2):  # beyond, torch compiles no more
+    with torch._dynamo.config.patch(cache_size_limit=2):  # beyond, torch compiles no more
         for data, size, dropout in every:
             recipe = replace(SGD, batch_size=size)
             for seed in (0, 1):

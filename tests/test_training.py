@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers import evaluation, training
 from helpers.data import Dataset
@@ -118,14 +117,6 @@ def test_the_optimizer_is_built_as_the_recipe_says(
     assert {name: group[name] for name in settings} == settings
     assert group["lr"] == pytest.approx(0.05 * 0.5**0.5)  # the scaled peak
     assert list(map(id, group["params"])) == list(map(id, model.parameters()))
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_on_a_gpu_the_optimizer_is_fused(optimizer: str) -> None:
-    with FakeTensorMode():  # no GPU is needed for such tensors
-        layer = nn.Linear(2, 2, device="cuda")
-        made = training.make_optimizer(layer, replace(SGD, optimizer=optimizer, momentum=0.9))
-    assert made.defaults["fused"]
 
 
 def test_momentum_that_begins_with_zeros_is_momentum() -> None:
