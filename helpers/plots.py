@@ -19,7 +19,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from torch import Tensor
 
 from helpers import evaluation
@@ -172,7 +172,7 @@ def interval_curves(
         for i, (name, line) in enumerate(drawn.items()):
             # Side by side, so that the whiskers of several lines can be told apart.
             beside, x = (i - (len(drawn) - 1) / 2) * (len(line) > 1), np.array(list(line), float)
-            x = x * 1.04**beside if log_x else x + 0.012 * np.ptp(x) * beside
+            x = x * 1.03**beside if log_x else x + 0.012 * np.ptp(x) * beside
             mean, reach = _whiskers(line.values(), percent)
             look = {"ms": 4.5, "lw": 1.3, "elinewidth": 1, "capsize": 2, "label": literal(name)}
             axes.errorbar(x, mean, yerr=reach, **look, **styles[name])
@@ -186,6 +186,8 @@ def interval_curves(
         left, right = axes.get_xlim()
         by_factors = log_x and right > 10 * left  # in less there would be too few ticks
         ticks = LogLocator(subs=(1, 5)) if by_factors else MaxNLocator(5, steps=STEPS)
+        if log_x and drawn and 1 < len(line) <= 5:  # few points: the numbers themselves
+            ticks = FixedLocator(list(line))
         axes.xaxis.set_major_locator(ticks)
         axes.xaxis.set_major_formatter("{x:,.10g}")
         axes.xaxis.set_minor_locator(NullLocator())
@@ -246,6 +248,7 @@ def curves(
             whole = all((s.index % 1 == 0).all() for seeds in lines.values() for s in seeds)
             axes.xaxis.set_major_locator(MaxNLocator(6 if count < 3 else 4, integer=whole))
         if percent:
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     return _finish(figure, values, xlabel, ylabel, share_y)
 

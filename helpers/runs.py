@@ -163,8 +163,7 @@ def check_source(run: Run, start: Transfer | Pruning) -> None:
 def make_run(study: Study, dataset: Dataset, model: str, *, seed: int, **changes: Any) -> Run:
     """Return the Run of a model on a dataset with the profile's width, epochs and recipe.
 
-    `changes` replaces fields of the Run; the recipe's batch is capped by the profile's and by the
-    training images there are.
+    `changes` replaces its fields. The profile and the number of training images cap the batch.
     """
     fields = {name: getattr(dataset, name) for name in ("fingerprint", "image_size")}
     fields |= {f"{split}_size": len(getattr(dataset, split)) for split in SPLITS}
@@ -220,8 +219,7 @@ class Result:
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
         """Return the trained network in evaluation mode.
 
-        Not every published run has its weights: one that lacks them is trained for them, and says
-        so.
+        A published run that lacks its weights is trained for them, and says so.
         """
         weights = self.folder / "model.safetensors"
         if not weights.exists():

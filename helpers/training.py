@@ -111,8 +111,7 @@ STATEFUL = ("model", "optimizer", "scaler")
 class State:
     """What a run has come to; with torch's generators, all that a checkpoint holds.
 
-    `best_epoch` is the one with the lowest validation loss, `best` its weights, if training may
-    stop early.
+    `best_epoch` has the lowest validation loss, `best` its weights if training may stop early.
     """
 
     model: nn.Module
