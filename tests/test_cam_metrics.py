@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import ndimage, stats
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
@@ -223,6 +223,16 @@ def test_road_of_known_maps():
     assert all(abs(score) < 0.02 for score in chance)
 
 
+def test_road_adds_as_much_noise_as_its_authors():
+    """A deviation of 0.01, where pixels were removed (Rong et al., ICML 2022)."""
+    model, seen = Reader(MASKS[:50]), []
+    model.register_forward_pre_hook(lambda _model, inputs: seen.append(inputs[0] - ONES[:50]))
+    metrics.road(model, ONES[:50], RANDOM[:50], ZEROS[:50])
+    noise = torch.stack(seen)  # ones are filled in with ones
+    assert noise[noise != 0].std() == pytest.approx(0.01, rel=0.02)
+    assert (noise != 0).float().mean() == pytest.approx(0.5, abs=0.01)
+
+
 def test_faithfulness_agrees_with_grad_cam(monkeypatch):
     """Its drop is absolute, the paper's relative; its ROAD removes by percentile, the same here."""
     pytest.importorskip("pytorch_grad_cam", reason="peer library grad-cam is not installed")
@@ -336,7 +346,10 @@ def test_controls():
     maps = metrics.control_maps(images)
     assert list(maps) == ["random", "centred", "edges", "uniform"]
     assert all(m.shape == (6, 20, 20) and m.min() >= 0 and m.max() <= 1 for m in maps.values())
-    assert (maps["edges"][:, :, 9:11] == 1).all() and maps["edges"][:, :, :9].max() == 0
+    noise = torch.rand(1, 3, 8, 9, generator=rng())
+    slopes = [ndimage.sobel(one, side, mode="nearest") for one in noise[0] for side in (0, 1)]
+    edges = torch.tensor(np.square(slopes).sum(0)).sqrt()
+    torch.testing.assert_close(metrics.control_maps(noise)["edges"][0], edges / edges.max())
     centre = maps["centred"][0]
     assert centre.argmax() in (9 * 20 + 9, 9 * 20 + 10, 10 * 20 + 9, 10 * 20 + 10)
     assert torch.allclose(centre, centre.flip(0)) and torch.allclose(centre, centre.T)
@@ -389,8 +402,9 @@ def test_wrong_targets_and_state_is_kept():
     model = SmallNet().float().train()
     images = torch.randn(6, 3, 16, 16, generator=rng())
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="a class for each image"):
-        metrics.average_drop(model, images, RANDOM[:6], torch.tensor([1, 2]))
+    for count in (2, 7):
+        with pytest.raises(ValueError, match="a class for each image"):
+            metrics.average_drop(model, images, RANDOM[:6], ZEROS[:count])
     metrics.road(model, images, RANDOM[:6], torch.zeros(6, dtype=torch.long))
     assert model.training and all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

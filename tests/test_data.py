@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import struct
+import tarfile
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -176,7 +177,7 @@ def test_sizes_keep_nested_subsets_and_the_fingerprint(
     large = load(name, train_size=250, validation_size=40, test_size=60)
     assert [len(split) for split in parts(small)] == [60, 20, 30]
     assert [len(split) for split in parts(large)] == [250, 40, 60]
-    assert agree(small, large)
+    assert agree(small, large) and small.image_size == 32
     assert np.ptp(np.bincount(small.train.labels, minlength=10)) <= 1
     other = load(name, image_size=24, **SIZES)
     assert other.image_size == 24 and other.fingerprint != small.fingerprint
@@ -457,6 +458,14 @@ def test_cifar10_as_jpeg_files(
     assert load("cifar10-jpeg", image_size=8).image_size == 8
     there = {"cifar10-jpeg", "decoded", *(["cifar10-jpeg.tar.xz"] if source == "archive" else [])}
     assert {path.name for path in root.parent.iterdir()} == there
+
+
+def test_an_archive_stays_in_its_folder(load: Callable[..., Dataset], tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data" / "cifar10-jpeg.tar.xz", "w:xz") as archive:
+        archive.add(__file__, "../../outside.py")
+    with pytest.raises(FileNotFoundError, match="outside the destination"):
+        load("cifar10-jpeg")
 
 
 def test_channel_statistics_are_numpys_in_float64_of_the_training_images(

@@ -83,6 +83,8 @@ def test_simple_cnn_is_three_convolutions_and_two_linear_layers() -> None:
     assert count_parameters(model) == convolutions + 2048 * 256 + 256 + 256 * 10 + 10
     model.fc2.requires_grad_(False)
     assert count_parameters(model) == convolutions + 2048 * 256 + 256
+    model.avgpool = nn.Identity()
+    assert model(images(1, 16)).shape == (1, 10)  # sides of 16, 8 and then 4, as it averages to
 
 
 @pytest.mark.parametrize("training", [True, False])

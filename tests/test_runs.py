@@ -218,7 +218,7 @@ def test_a_study_makes_runs_at_its_profiles_size(profile: str, small_study: Stud
     dataset = data.study_data(study, image_size=16)
     run = make_run(study, dataset, "resnet18", seed=1)
     own = study.profile
-    assert (run.width, run.epochs, run.seed) == (own.width, own.epochs, 1)
+    assert (run.width, run.epochs, run.seed, run.dropout) == (own.width, own.epochs, 1, 0)
     assert run.recipe == replace(RECIPES[own.recipe], batch_size=own.batch_size)
     loaded = run.load_data(study.data_dir)
     for split in data.SPLITS:
@@ -269,7 +269,7 @@ def test_a_published_run_is_read_in_place_of_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, stored: Study, run: Run
 ) -> None:
     as_the_profile_says = {"recipe": replace(RECIPES["fast"], batch_size=16), "width": 0.125}
-    run = replace(run, dropout=0.0, **as_the_profile_says)  # so with its weights
+    run = replace(run, model="resnet18", dropout=0.0, seed=2, **as_the_profile_says)
     made = [run, replace(run, dropout=0.1)]
     first, second = (load_or_train(each, replace(stored, publish=True)) for each in made)
     weights = [result.load_model().state_dict() for result in (first, second)]
