@@ -15,7 +15,8 @@ if __name__ == "__main__":
     text = (
         "# Measured\n\nWritten by `make bench`. Contenders run side by side and in turn; read the "
         "ratios, since absolute times depend on the machine. What was tried, and why targets are "
-        "missed: [TRIED.md](TRIED.md).\n\n"
+        "missed: [TRIED.md](TRIED.md). What tests notice of random changes: "
+        "[MUTANTS.md](MUTANTS.md).\n\n"
         f"Machine: {device['device']}; compute type {device['dtype']}; Python {device['python']}, "
         f"torch {torch.__version__}, torchvision {torchvision.__version__}.\n"
     )
