@@ -95,11 +95,8 @@ def train_in_processes(runs: Sequence[Run], study: Study) -> None:
         except BrokenExecutor as error:  # a process was killed, as for want of memory
             errors = [str(error).splitlines()[0]] * len(runs)
     unseen = f"it was trained, but not into {study.runs_dir}: all machines have to share RUNS_DIR"
-    failed = [
-        f"{run.key}: {error or unseen}"
-        for run, error in zip(runs, errors, strict=True)
-        if not is_finished(run, study)
-    ]
+    ended = zip(runs, errors, strict=True)
+    failed = [f"{run.key}: {e or unseen}" for run, e in ended if not is_finished(run, study)]
     if failed:
         raise RunError("\n".join([f"{len(failed)} of {len(runs)} runs failed:", *failed]))
 

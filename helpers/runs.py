@@ -279,13 +279,19 @@ def load_or_train(run: Run, study: Study, **options: Any) -> Result:
     folder, published = study.runs_dir / run.key, published_file(run, study)
     if not (folder / "result.json").exists():
         content = json.dumps(asdict(run), indent=1).encode()
-        write_atomically(folder / "run.json", content)  # says what to do if nothing can be written
-        with FileLock(folder / "lock"):
-            if (folder / "result.json").exists():
-                pass  # another process finished it meanwhile
-            elif published.exists():
+        try:
+            lock = FileLock(folder / "lock").acquire()
+        except OSError:
+            write_atomically(folder / "run.json", content)  # fails, and says what to do
+            raise
+        with lock:
+            for unfinished in folder.glob(".*.tmp"):  # of a process that was killed while writing
+                unfinished.unlink()
+            write_atomically(folder / "run.json", content)
+            stored = (folder / "result.json").exists()  # by another process, meanwhile
+            if published.exists() and not stored:
                 unpack(published, folder)
-            else:
+            elif not stored:
                 _train(run, study, folder, **options)
     result = load_result(run, study)
     if study.publish and not published.exists():
@@ -364,9 +370,6 @@ def _compressed(arrays: dict[str, np.ndarray]) -> bytes:
 
 def _train(run: Run, study: Study, folder: Path, **options: Any) -> None:
     """Train and evaluate a run and write its files, result.json last."""
-    for unfinished in folder.glob(".*.tmp"):  # of a process that was killed while writing
-        if not unfinished.name.startswith(".run.json"):  # which others write without the lock
-            unfinished.unlink()
     dataset = run.load_data(study.data_dir)
     network = _starting_network(run, dataset, study)
     options |= {name: getattr(run, name) for name in ("epochs", "seed", "patience")}

@@ -454,8 +454,7 @@ def test_cifar10_as_jpeg_files(
     monkeypatch.setattr(data, "JPEG_FINGERPRINT", expected.fingerprint)
     dataset = load("cifar10-jpeg")
     assert dataset.title == "CIFAR-10 (JPEG q75)" and dataset.classes == expected.classes
-    assert agree(dataset, expected)
-    assert load("cifar10-jpeg", image_size=8).image_size == 8
+    assert agree(dataset, expected) and load("cifar10-jpeg", image_size=8).image_size == 8
     there = {"cifar10-jpeg", "decoded", *(["cifar10-jpeg.tar.xz"] if source == "archive" else [])}
     assert {path.name for path in root.parent.iterdir()} == there
 
