@@ -93,10 +93,10 @@ BAD_VALUES = {
     "seed": NO_NUMBER | st.none() | st.floats() | st.integers(max_value=-1),
     "image_size": NO_WHOLE | st.integers(max_value=7) | st.integers(min_value=4097),
     "crop_padding cutout": NO_NUMBER | st.none() | st.floats() | st.integers(max_value=-1),
-    "width": outside(1e-300, 16),
-    "learning_rate": outside(1e-300, sys.float_info.max),
+    "width": outside(5e-324, 16),  # the smallest number above 0
+    "learning_rate": outside(5e-324, sys.float_info.max),
     "weight_decay": outside(0, sys.float_info.max),
-    "rate_factor": outside(1e-300, 1),
+    "rate_factor": outside(5e-324, 1),
     "mixup": outside(0, 10),
     "name": NO_TEXT | st.just("") | st.text().map(lambda text: f"{text}/{text}"),
     "model": none_of(*MODELS),
